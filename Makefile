@@ -1,0 +1,43 @@
+# make demo | test | export | readme | clean. The virtual environment is made and filled when it is missing or too old.
+VENV ?= .venv
+PYTHON ?= python3.11
+WORKERS ?= 2
+BIN := $(VENV)/bin
+PACKAGING := settings.ini pyproject.toml setup.py
+
+.PHONY: demo test export readme clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/hyperlatent demo --out runs/demo --seed 0
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+# notebooks -> package and README.md
+export: $(VENV)/.installed-dev
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/readme.py
+
+# nbs/index.ipynb (and the line under every notebook's title) -> README.md
+readme: $(VENV)/.installed-dev
+	$(BIN)/python tools/readme.py
+
+# caches and build products; runs/ is yours and stays
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find hyperlatent nbs tests tools -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# stamps: installed again only after the packaging files have changed
+$(VENV)/.installed: $(PACKAGING) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(PACKAGING) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $(VENV)/.installed $@

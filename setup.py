@@ -1,0 +1,32 @@
+"""Packaging: everything that may change is read from settings.ini, which nbdev reads too."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+settings = parser["DEFAULT"]
+library = settings["lib_name"]
+
+setup(
+    version=settings["version"],
+    description=settings["description"],
+    author=settings["author"],
+    keywords=settings["keywords"].split(),
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        f"Intended Audience :: {settings['audience']}",
+        f"Natural Language :: {settings['language']}",
+        f"Programming Language :: Python :: {settings['min_python']}",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=find_namespace_packages(include=[library, f"{library}.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
+    package_data={"": ["*.safetensors", "*.json", "*.js", "*.css"]},
+    include_package_data=False,
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+    entry_points={"console_scripts": settings["console_scripts"].split()},
+    zip_safe=False,
+)
