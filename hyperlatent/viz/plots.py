@@ -6,7 +6,7 @@
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'VERMILION', 'PURPLE', 'STYLE', 'REFERENCES', 'KIND_COLORS',
            'save_figure', 'plot_guidance_scale', 'accuracy_along', 'plot_trajectories']
 
-# %% ../../nbs/40_plots.ipynb #df27e595
+# %% ../../nbs/40_plots.ipynb #b6e7dba3
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..base import CLIPAdapter
-from ..errors import HyperLatentError
+from ..errors import ArtifactError, HyperLatentError
 from ..files import written_whole
 from ..tasks import TaskBatch
 from ..trajectory import Trajectory
 from .projection import Plane
 
-# %% ../../nbs/40_plots.ipynb #1effb38a
+# %% ../../nbs/40_plots.ipynb #2c1f6602
 # Okabe and Ito's palette, which readers with any colour vision can tell apart
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -32,12 +32,15 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "xtick.lab
 
 def save_figure(figure, path: str | Path):
     "Write a matplotlib figure, whole or not at all, in the format of the file's ending. Raises `ArtifactError`."
+    ending, known = Path(path).suffix.lstrip(".").lower(), figure.canvas.get_supported_filetypes()
+    if ending not in known:
+        raise ArtifactError(f"{str(path)!r} has no ending of a figure's format", f"Use one of {', '.join(known)}")
     with written_whole(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=150)
+        figure.savefig(temporary, format=ending, dpi=150)
 
-# %% ../../nbs/40_plots.ipynb #ffae7127
+# %% ../../nbs/40_plots.ipynb #ef2cb06d
 REFERENCES = {  # method: its name on the figure, colour, line
-    "clip": ("CLIP zero-shot", ORANGE, "--"), "hnet_z0": ("start $z_0$", BLACK, ":"),
+    "clip": ("CLIP zero-shot", ORANGE, "--"), "hnet_z0": ("HNet's start", BLACK, ":"),
     "few_shot": ("few-shot", GREEN, "-."), "hyperclip": ("HyperCLIP", PURPLE, "--"),
     "hyperldm_shuffled_text": ("HyperLDM, shuffled questions", VERMILION, ":")}
 
@@ -45,7 +48,8 @@ REFERENCES = {  # method: its name on the figure, colour, line
 def plot_guidance_scale(rows: Sequence):
     """The matplotlib figure of HyperLDM's accuracy over gamma with 95 % intervals, beside the `REFERENCES` among the rows.
 
-    A row has `method`, `guidance_scale`, `accuracy` and `interval(resamples, seed)`. Raises `HyperLatentError` if none is of HyperLDM.
+    A row has `method`, `guidance_scale`, `accuracy` and `interval(resamples, seed)`. Raises `HyperLatentError` if none is
+    of HyperLDM.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -65,7 +69,7 @@ def plot_guidance_scale(rows: Sequence):
                 name, color, style = REFERENCES[row.method]
                 ax.axhline(100 * row.accuracy, color=color, linestyle=style)
                 lines.append((100 * row.accuracy, name, color))
-        ax.margins(x=0.02)
+        ax.margins(x=0.02, y=0.08)
         _name_lines(ax, lines)
     return figure
 
@@ -105,7 +109,7 @@ def accuracy_along(
     chunks = path.flatten(0, 1).split(max(1, max_rows // len(batch)))
     return torch.cat([accuracy(chunk) for chunk in chunks]).view(path.shape[:3])
 
-# %% ../../nbs/40_plots.ipynb #5ba9506e
+# %% ../../nbs/40_plots.ipynb #1286e1a0
 KIND_COLORS = (SKY, ORANGE, GREEN, PURPLE, YELLOW, VERMILION, BLUE)
 
 
@@ -125,12 +129,13 @@ def plot_trajectories(
 
     titles, paths, colors = zip(*[(title, *_segments(plane, t, accuracy)) for title, t, accuracy in trajectories])
     zoo = plane.project(zoo_points).cpu()
-    limits = _limits(torch.cat([zoo, *(path.flatten(0, 1) for path in paths)]))
+    limits, shape = _limits(torch.cat([zoo, *(path.flatten(0, 1) for path in paths)]))
     scale = dict(vmin=100 * min(c.min() for c in colors), vmax=100 * max(c.max() for c in colors))
     columns = min(columns, len(paths))
     rows = math.ceil(len(paths) / columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(0.8 + 2.9 * columns, 0.9 + 2.9 * rows), layout="constrained")
+        height = 2.9 * shape + 0.2 + 0.17 * max(title.count("\n") + 1 for title in titles)
+        figure = Figure(figsize=(0.8 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.flat[len(paths):]: ax.remove()
         for ax, title, path, color in zip(axes.flat, titles, paths, colors):
@@ -143,7 +148,7 @@ def plot_trajectories(
         figure.legend(*_legend(axes[0, 0]), loc="outside upper center", ncols=7, frameon=False, handletextpad=0.2)
     return figure
 
-# %% ../../nbs/40_plots.ipynb #d3d2532e
+# %% ../../nbs/40_plots.ipynb #5572c45f
 def _segments(plane: Plane, trajectory: Trajectory, accuracy: Tensor) -> tuple[Tensor, Tensor]:
     "Paths (point, chain, 2) and their accuracies (step, chain); one accuracy per step serves all chains."
     path = plane.project(trajectory.z).flatten(1, -2).cpu()
@@ -154,10 +159,12 @@ def _segments(plane: Plane, trajectory: Trajectory, accuracy: Tensor) -> tuple[T
     return path, color.expand(-1, path.shape[1])
 
 
-def _limits(points: Tensor) -> list[tuple[float, float]]:
+def _limits(points: Tensor) -> tuple[list[tuple[float, float]], float]:
+    "Limits of both axes with a margin, and the height of such a panel in widths."
     low, high = points.amin(0), points.amax(0)
     margin = 0.05 * (high - low)
-    return list(zip((low - margin).tolist(), (high + margin).tolist()))
+    width, height = (high - low).tolist()
+    return list(zip((low - margin).tolist(), (high + margin).tolist())), height / width
 
 
 def _draw_zoo(ax, points: Tensor, kinds: Sequence[str]):
