@@ -121,9 +121,9 @@ def _step_options(scheduler, eta, generators):
     options = dict(eta=eta, generator=generators)
     return {name: value for name, value in options.items() if name in accepted}
 
-# %% ../nbs/33_guidance.ipynb #429f1076
+# %% ../nbs/33_guidance.ipynb #8dd49adc
 class ClassifierFreeGuidance:
-    "Sample latents from HyperLDM, with the question's influence scaled (section 3.4 of arXiv 2210.08942)."
+    "Sample latents from HyperLDM, with the question's influence scaled (arXiv 2210.08942)."
     def __init__(self,
         denoiser: nn.Module,  # a `hyperldm.Denoiser`
         scheduler="ddim",  # a name for `denoiser.make_scheduler`, or a scheduler of diffusers
@@ -205,9 +205,9 @@ class ClassifierFreeGuidance:
         both = self.denoiser.denoise(torch.cat([z, z], 1), film).to(z)
         return guided_output(*both.chunk(2, dim=1), scale, rescale)
 
-# %% ../nbs/33_guidance.ipynb #044187fc
+# %% ../nbs/33_guidance.ipynb #68395cc9
 class ClassifierGuidance:
-    "Climb HyperCLIP's cosine between a question and the weights made from a latent (section 3.3 of arXiv 2210.08942)."
+    "Climb HyperCLIP's cosine between a question and the weights made from a latent (arXiv 2210.08942)."
     def __init__(self,
         hyperclip: nn.Module,  # a `hyperclip.HyperCLIP`
         generator_network: nn.Module,  # latents to weights, with a start `z0`

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/30_hyperclip.ipynb #917bed0e
+# %% ../nbs/30_hyperclip.ipynb #54744f14
 class HyperCLIP(nn.Module):
-    "Weight encoder: flat weight vectors to unit vectors in the question space (section 3.2 of arXiv 2210.08942)."
+    "Weight encoder: flat weight vectors to unit vectors in the question space (arXiv 2210.08942)."
     def __init__(self,
         n_weights: int,  # length of the base network's flat weight vector
         question_dim: int,  # length of a question's features

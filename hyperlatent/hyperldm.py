@@ -37,9 +37,9 @@ class Block(nn.Module):
     def forward(self, x, scale, shift):
         return x + self.layers(torch.addcmul(shift, self.norm(x), 1 + scale))
 
-# %% ../nbs/31_hyperldm.ipynb #70b097d6
+# %% ../nbs/31_hyperldm.ipynb #ce5fb4e3
 class Denoiser(nn.Module):
-    """Residual MLP: velocity (or noise) in a noisy latent given time and question (section 3.4 of arXiv 2210.08942).
+    """Residual MLP: velocity (or noise) in a noisy latent given time and question (arXiv 2210.08942).
 
     It remembers the diffusion it is trained for, so that no sampler can use it with another: `config` rebuilds it."""
     def __init__(self,

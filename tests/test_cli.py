@@ -178,7 +178,7 @@ def test_full_disk(demo, tmp_path, tiny):
 
 @pytest.mark.xdist_group("tiny")
 def test_busy_folder(demo, tmp_path):
-    from hyperlatent.stages import locked
+    from hyperlatent.data.prepare import locked
 
     with locked(tmp_path):
         assert "another run" in error_of(demo(tmp_path))

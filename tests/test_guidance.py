@@ -249,6 +249,7 @@ def energy_distance(a, b):
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
+@pytest.mark.xdist_group("trained denoiser")  # trains once
 def test_ancestral_and_deterministic_sampling_agree_with_the_data(trained):
     """A learned denoiser: DDPM, DDIM and DPM-Solver++ give one distribution, and it is the one of the data."""
     n, g = 2000, torch.Generator().manual_seed(4)
@@ -268,6 +269,7 @@ def test_ancestral_and_deterministic_sampling_agree_with_the_data(trained):
     assert energy_distance(MODES[torch.multinomial(torch.ones(3), n, True, generator=g)], data) > 0.1
 
 
+@pytest.mark.xdist_group("trained denoiser")  # trains once
 def test_a_question_chooses_the_modes(trained):
     g = torch.Generator().manual_seed(5)
     walk = ClassifierFreeGuidance(trained)(FEATURES, guidance_scale=1.0, num_samples=1000, generator=g)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .scene_questions import ASKED, DESCRIPTIONS, NEIGHBOUR, Question, statement, wordings
 from .scenes import ATTRIBUTES, COLORS, EMPTY, PLACES, SHAPES, SIZES, random_objects
 
-# %% ../../nbs/13_scene_captions.ipynb #859e232f
+# %% ../../nbs/13_scene_captions.ipynb #a9874ba7
 MENTIONED = 0.6  # probability that an attribute, or the place, is mentioned in a description
 
 
@@ -32,6 +32,14 @@ class Lots:
     def choice(self, options):
         "One of the options."
         return options[int(self() * len(options))]
+
+    def weighted(self, shares: dict):
+        "One of the keys, with the probability that it has."
+        number, total = self(), 0.0
+        for key, share in shares.items():
+            total += share
+            if number < total: break
+        return key
 
     def shuffled(self, options) -> list:
         "The options in random order."
@@ -78,20 +86,17 @@ def ask(objects: list[list[int]], lots: Lots, attempts: int = 20) -> tuple[Quest
             return question, place if asked == "place" else objects[place][list(ATTRIBUTES).index(asked)]
     return None
 
-# %% ../../nbs/13_scene_captions.ipynb #d9d94186
+# %% ../../nbs/13_scene_captions.ipynb #5087ba3f
 FORMS = {"two": 0.4, "one": 0.35, "statement": 0.15, "question": 0.1}  # shares of the forms of a caption
 
 
 def caption(objects: list[list[int]], lots: Lots, held_out: frozenset[Question] = frozenset()) -> str:
     "One random caption of one scene."
-    form, share = lots(), 0.0
-    for name, weight in FORMS.items():
-        share += weight
-        if form < share: break
-    asked = ask(objects, lots) if name in ("statement", "question") else None
-    if asked is None: return describe(objects, lots, 1 if name == "one" else 2)
+    form = lots.weighted(FORMS)
+    asked = ask(objects, lots) if form in ("statement", "question") else None
+    if asked is None: return describe(objects, lots, 1 if form == "one" else 2)
     question, value = asked
-    if name == "statement" or question in held_out: return statement(question, value)
+    if form == "statement" or question in held_out: return statement(question, value)
     return f"{lots.choice(wordings(question))} {ASKED[question.asked][value]}"
 
 

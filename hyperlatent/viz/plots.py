@@ -22,11 +22,11 @@ from ..tasks import TaskBatch
 from ..trajectory import Trajectory
 from .projection import Plane
 
-# %% ../../nbs/40_plots.ipynb #2c1f6602
+# %% ../../nbs/40_plots.ipynb #aa633b83
 # Okabe and Ito's palette, which readers with any colour vision can tell apart
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
+STYLE = {"font.size": 10, "axes.titlesize": 9, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
          "legend.fontsize": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 100}
 
 
@@ -109,8 +109,8 @@ def accuracy_along(
     chunks = path.flatten(0, 1).split(max(1, max_rows // len(batch)))
     return torch.cat([accuracy(chunk) for chunk in chunks]).view(path.shape[:3])
 
-# %% ../../nbs/40_plots.ipynb #1286e1a0
-KIND_COLORS = (SKY, ORANGE, GREEN, PURPLE, YELLOW, VERMILION, BLUE)
+# %% ../../nbs/40_plots.ipynb #4451606c
+KIND_COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
 
 
 def plot_trajectories(
@@ -129,12 +129,12 @@ def plot_trajectories(
 
     titles, paths, colors = zip(*[(title, *_segments(plane, t, accuracy)) for title, t, accuracy in trajectories])
     zoo = plane.project(zoo_points).cpu()
-    limits, shape = _limits(torch.cat([zoo, *(path.flatten(0, 1) for path in paths)]))
+    limits, shape = _limits(zoo, torch.cat([path.flatten(0, 1) for path in paths]))
     scale = dict(vmin=100 * min(c.min() for c in colors), vmax=100 * max(c.max() for c in colors))
     columns = min(columns, len(paths))
     rows = math.ceil(len(paths) / columns)
     with rc_context(STYLE):
-        height = 2.9 * shape + 0.2 + 0.17 * max(title.count("\n") + 1 for title in titles)
+        height = 2.5 * shape + 0.15 + 0.17 * max(title.count("\n") + 1 for title in titles)
         figure = Figure(figsize=(0.8 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.flat[len(paths):]: ax.remove()
@@ -148,7 +148,7 @@ def plot_trajectories(
         figure.legend(*_legend(axes[0, 0]), loc="outside upper center", ncols=7, frameon=False, handletextpad=0.2)
     return figure
 
-# %% ../../nbs/40_plots.ipynb #5572c45f
+# %% ../../nbs/40_plots.ipynb #de49f53d
 def _segments(plane: Plane, trajectory: Trajectory, accuracy: Tensor) -> tuple[Tensor, Tensor]:
     "Paths (point, chain, 2) and their accuracies (step, chain); one accuracy per step serves all chains."
     path = plane.project(trajectory.z).flatten(1, -2).cpu()
@@ -159,9 +159,10 @@ def _segments(plane: Plane, trajectory: Trajectory, accuracy: Tensor) -> tuple[T
     return path, color.expand(-1, path.shape[1])
 
 
-def _limits(points: Tensor) -> tuple[list[tuple[float, float]], float]:
-    "Limits of both axes with a margin, and the height of such a panel in widths."
-    low, high = points.amin(0), points.amax(0)
+def _limits(zoo: Tensor, path: Tensor) -> tuple[list[tuple[float, float]], float]:
+    "Limits of both axes, with room for all paths and for 98 % of the zoo along each, and a panel's height in widths."
+    low, high = zoo.float().quantile(torch.tensor([0.01, 0.99]), dim=0)
+    low, high = low.minimum(path.amin(0)), high.maximum(path.amax(0))
     margin = 0.05 * (high - low)
     width, height = (high - low).tolist()
     return list(zip((low - margin).tolist(), (high + margin).tolist())), height / width
@@ -171,7 +172,7 @@ def _draw_zoo(ax, points: Tensor, kinds: Sequence[str]):
     kinds_of = list(dict.fromkeys(kinds))
     for kind, color in zip(kinds_of, KIND_COLORS * len(kinds_of)):
         chosen = points[[k == kind for k in kinds]]
-        ax.scatter(*chosen.T, s=7, color=color, alpha=0.35, linewidths=0, label=kind or "zoo", rasterized=True)
+        ax.scatter(*chosen.T, s=7, color=color, alpha=0.4, linewidths=0, label=kind or "zoo", rasterized=True)
 
 
 def _draw_chains(ax, path: Tensor, color: Tensor, scale: dict):
@@ -179,12 +180,12 @@ def _draw_chains(ax, path: Tensor, color: Tensor, scale: dict):
     from matplotlib.collections import LineCollection
 
     segments = torch.stack([path[:-1], path[1:]], -2).flatten(0, 1)
-    ax.add_collection(LineCollection(segments, colors="white", linewidths=3.5, capstyle="round"))
-    lines = LineCollection(segments, array=color.flatten(), cmap="cividis", linewidths=1.8, capstyle="round", zorder=3)
+    ax.add_collection(LineCollection(segments, colors="white", linewidths=3.8, capstyle="round"))
+    lines = LineCollection(segments, array=color.flatten(), cmap="cividis", linewidths=2, capstyle="round", zorder=3)
     lines.set_clim(**scale)
     ax.add_collection(lines)
-    ax.scatter(*path[0].T, s=22, facecolors="white", edgecolors=BLACK, linewidths=1, zorder=4, label="start")
-    ax.scatter(*path[-1].T, s=22, facecolors=BLACK, edgecolors="white", linewidths=0.7, zorder=5, label="end")
+    ax.scatter(*path[0].T, s=14, facecolors="white", edgecolors=BLACK, linewidths=0.8, zorder=4, label="start")
+    ax.scatter(*path[-1].T, s=16, facecolors=BLACK, edgecolors="white", linewidths=0.6, zorder=5, label="end")
     return lines
 
 
