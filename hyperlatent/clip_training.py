@@ -190,7 +190,7 @@ def train_clip(
         checkpoint=checkpoint, accelerator=accelerator)
     return encoder, held_out_scores(encoder)
 
-# %% ../nbs/14_clip_training.ipynb #1dd899f9
+# %% ../nbs/14_clip_training.ipynb #4887e417
 TRAINING_FILE, CHECKPOINT_FILE = "training.json", "checkpoint.safetensors"
 
 
@@ -219,12 +219,14 @@ def _record(folder: Path, settings: dict) -> dict:
     "What the folder says about its run; a new record if it is empty."
     ours, found = {TRAINING_FILE, CHECKPOINT_FILE, CONFIG_FILE, WEIGHTS_FILE}, {p.name for p in folder.glob("[!.]*")}
     if not found: return {"config": settings, "scores": None}
-    if foreign := sorted(found - ours) or sorted(found)[:TRAINING_FILE not in found]:
-        raise EncoderError(f"{str(folder)!r} holds {foreign[0]!r} and is no run's folder", "Choose another folder")
+    if TRAINING_FILE not in found:
+        raise EncoderError(f"{str(folder)!r} holds {min(found)!r} and no run", "Choose another folder")
     with explain_os_errors("read", folder / TRAINING_FILE):
         text = (folder / TRAINING_FILE).read_text(encoding="utf-8", errors="replace")
     try: record = json.loads(text)
     except ValueError: record = None
     if not isinstance(record, dict) or record.get("config") != settings or "scores" not in record:
         raise EncoderError(f"{str(folder)!r} holds a run with other settings", "Choose another folder, or delete it")
+    if record["scores"] is None and (foreign := found - ours):  # the end of the run would remove it
+        raise EncoderError(f"{str(folder)!r} holds {min(foreign)!r} beside a run", "Move it elsewhere")
     return record

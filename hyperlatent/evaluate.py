@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Row', 'bootstrap_interval', 'Models', 'unguided_rows', 'majority_scores', 'nearest_task_latents', 'guided_rows',
-           'derangement', 'zero_shot_rows', 'results', 'table']
+           'derangement', 'zero_shot_rows', 'results', 'table', 'read_results', 'seeds_table']
 
-# %% ../nbs/41_evaluate.ipynb #39489a97
+# %% ../nbs/41_evaluate.ipynb #456a6dc7
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 from .adapt import adapt
 from .base import CLIPAdapter
+from .errors import ArtifactError
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .guide_training import sample, walk
 from .hyperclip import HyperCLIP
@@ -140,4 +143,30 @@ def table(results: dict) -> str:
         scale = "" if row["guidance_scale"] is None else f"{row['guidance_scale']:g}"
         low, high = row["ci95"]
         lines.append(f"| {row['method']} | {scale} | {100 * row['accuracy']:.1f} | {100 * low:.1f} – {100 * high:.1f} |")
+    return "\n".join(lines)
+
+# %% ../nbs/41_evaluate.ipynb #65eaddc6
+def read_results(folder: str | Path) -> dict:
+    "`results.json` of a finished run. Raises `ArtifactError` if there is none or it is not one."
+    path = Path(folder) / "results.json"
+    try: found = json.loads(path.read_text())
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", "Run `hyperlatent demo` into that folder first") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no JSON: {error}", "Run `hyperlatent evaluate` on that folder again") from error
+    if not isinstance(found, dict) or not {"seed", "tasks", "rows"} <= set(found):
+        raise ArtifactError(f"{path} has no seed, tasks and rows", "Run `hyperlatent evaluate` on that folder again")
+    return found
+
+
+def seeds_table(found: list[dict]) -> str:
+    "A Markdown table of several runs: mean over the seeds, lowest and highest, accuracies in percent."
+    keys = [(row["method"], row["guidance_scale"]) for row in found[0]["rows"]]
+    if any([(row["method"], row["guidance_scale"]) for row in one["rows"]] != keys for one in found):
+        raise ArtifactError("the runs have different rows", "Give runs of the same configuration")
+    lines = [f"| method | guidance scale | mean of {len(found)} seeds | lowest – highest |", "| --- | ---: | ---: | :---: |"]
+    for i, (method, scale) in enumerate(keys):
+        values = [100 * one["rows"][i]["accuracy"] for one in found]
+        lines.append(f"| {method} | {'' if scale is None else f'{scale:g}'} | {sum(values) / len(values):.1f} "
+                     f"| {min(values):.1f} – {max(values):.1f} |")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from .tasks import TaskBatch
 from .training import FitResult, fit
 from .zoo import Zoo
 
-# %% ../nbs/35_guide_training.ipynb #0832cda7
+# %% ../nbs/35_guide_training.ipynb #32ba7d4c
 def walk(guide: ClassifierGuidance, questions: Tensor, config: HyperCLIPConfig, **options):
     "The guided walk from the generator's start with the settings of `config`, as a `Trajectory`."
     return guide(questions, num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
@@ -51,11 +51,11 @@ def train_hyperclip(
 
     def score(model: nn.Module) -> float:
         z = walk(ClassifierGuidance(model, generator_network), validation.question_features, config).final[0]
-        return base.accuracy(generator_network(z), validation.query, validation).mean()
+        return base.accuracy(generator_network(z), validation.query, validation).mean().item()
 
     return model, fit(model, loss, config.fit, validate=score, seed=seed, description="HyperCLIP", **options)
 
-# %% ../nbs/35_guide_training.ipynb #60d9ee7a
+# %% ../nbs/35_guide_training.ipynb #9e6eddd6
 def sample(guide: ClassifierFreeGuidance, questions: Tensor, config: HyperLDMConfig, **options):
     "Guided samples with the settings of `config`, unless an option says otherwise, as a `Trajectory`."
     settings = dict(guidance_scale=config.guidance_scale, num_samples=config.num_samples,
@@ -89,7 +89,7 @@ def train_hyperldm(
     def score(model: nn.Module) -> float:
         guide = ClassifierFreeGuidance(model, config.scheduler)
         z = sample(guide, validation.question_features, config, generator=torch.Generator().manual_seed(0))
-        return base.ensemble_accuracy(generator_network(z.final), validation.query, validation).mean()
+        return base.ensemble_accuracy(generator_network(z.final), validation.query, validation).mean().item()
 
     return model, fit(model, loss, config.fit, validate=score, seed=seed, description="HyperLDM", **options)
 

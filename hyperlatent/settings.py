@@ -149,7 +149,7 @@ class Config:
     hyperldm: HyperLDMConfig = HyperLDMConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
-# %% ../nbs/02_settings.ipynb #e4657b4f
+# %% ../nbs/02_settings.ipynb #3621f2f3
 def preset(
     name: str = "scenes",  # "reference", "scenes" or "scenes-quick"
 ) -> Config:
@@ -172,8 +172,8 @@ _SCENES = Config(
         hidden=(256, 128), latent_noise=0.3, num_inference_steps=60, learning_rate=0.02,
         fit=FitConfig(steps=600, batch_size=256, weight_decay=1e-2, validate_every=100)),
     hyperldm=HyperLDMConfig(
-        hidden=256, blocks=3, dropout=0.1, prediction_type="v_prediction", scheduler="ddim", num_inference_steps=50,
-        num_samples=8,
+        hidden=256, blocks=3, dropout=0.1, prediction_type="v_prediction", scheduler="ddim", num_inference_steps=25,
+        num_samples=4,
         fit=FitConfig(steps=1500, batch_size=512, weight_decay=1e-2, ema_decay=0.998, validate_every=250)),
     evaluate=EvaluateConfig(
         guidance_scales=(0.0, 0.5, 1.0, 1.5, 3.0, 5.0),

@@ -88,21 +88,29 @@ def test_a_batch_depends_on_its_generator_alone():
     assert all(map(torch.equal, batches[0], batches[1])) and not torch.equal(batches[0][0], batches[2][0])
 
 
+class Stopped(Exception):
+    pass
+
+
 def test_a_stopped_run_goes_on_and_ends_with_the_same_weights(tmp_path, monkeypatch):
     straight = train_and_save(tmp_path / "straight", SHORT, progress=False)
     loss, calls = clip_training.clip_loss, iter([0, 0, 0])
 
     def stops(*arguments):
         if next(calls, None) is None:
-            raise KeyboardInterrupt
+            raise Stopped
         return loss(*arguments)
 
     monkeypatch.setattr(clip_training, "clip_loss", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         train_and_save(tmp_path / "stopped", SHORT, progress=False)
     assert not (tmp_path / "stopped" / WEIGHTS_FILE).exists()
     with pytest.raises(EncoderError):
         load_encoder(tmp_path / "stopped")
+    (tmp_path / "stopped" / "thesis.tex").write_text("years of work")
+    with pytest.raises(EncoderError, match="thesis.tex"):
+        train_and_save(tmp_path / "stopped", SHORT, progress=False)
+    (tmp_path / "stopped" / "thesis.tex").unlink()
     calls = iter([0])  # one step is left
     torch.manual_seed(123)
     assert train_and_save(tmp_path / "stopped", SHORT, progress=False) == straight
@@ -125,6 +133,18 @@ def test_a_finished_run_is_read_and_no_other_folder_is_touched(tmp_path, monkeyp
     (tmp_path / "run" / "training.json").write_text("{")
     with pytest.raises(EncoderError, match="run"):
         train_and_save(tmp_path / "run", SHORT)
+
+
+def test_the_averaged_weights_are_validated(monkeypatch):
+    validated, accuracies = [], clip_training.prompt_accuracies
+
+    def spy(encoder, *arguments):
+        validated.append(encoder.model)
+        return accuracies(encoder, *arguments)
+
+    monkeypatch.setattr(clip_training, "prompt_accuracies", spy)
+    encoder, _ = clip_training.train_clip(SHORT, progress=False)
+    assert validated[-1] is encoder.model and validated[0] is validated[1] is not encoder.model
 
 
 def test_the_global_generator_is_left_alone(tmp_path):

@@ -46,7 +46,7 @@ def test_heavy_imports_are_seen():
 @pytest.mark.parametrize("module", MODULES, ids=dotted)
 def test_module_is_short(module):
     lines = len(module.read_text(encoding="utf-8").splitlines())
-    assert lines <= 300, f"{module.name} has {lines} lines: is there a second concept in this room?"
+    assert lines <= 320, f"{module.name} has {lines} lines: is there a second concept in this room?"
 
 
 def test_shapes_are_checked_in_these_tests():

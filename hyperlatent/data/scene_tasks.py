@@ -6,7 +6,9 @@
 __all__ = ['NUM_ANSWERS', 'BLOCK', 'choose_answers', 'draw_scenes', 'make_task', 'draw_pictures', 'make_tasks', 'encode_tasks',
            'question_encoder']
 
-# %% ../../nbs/15_scene_tasks.ipynb #4521c347
+# %% ../../nbs/15_scene_tasks.ipynb #c64642b8
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
@@ -74,13 +76,13 @@ def make_task(
     return Task(seen[0], tuple(ASKED[question.asked][v] for v in values), tuple(prompt(question, v) for v in values),
                 tuple(support), tuple(query), question.asked, split, seen[1:], wordings(question, UNSEEN_WORDINGS)), objects
 
-# %% ../../nbs/15_scene_tasks.ipynb #3276a6f2
+# %% ../../nbs/15_scene_tasks.ipynb #78d1d2c4
 BLOCK = 1024  # pictures drawn from one generator
 
 
 def draw_pictures(
     objects: Int[Tensor, "image place attribute"],  # the scenes of the whole data set
-    images: list[int],  # rows to draw
+    images: Sequence[int],  # rows to draw
     seed: int,  # of the data set
 ) -> UInt8[Tensor, "image 3 height width"]:
     "The pictures of some rows, exactly as they were encoded."
