@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .adapt import DirectWeights, adapt
 from .base import CLIPAdapter
-from .settings import AdaptConfig, GeneratorConfig, MultitaskConfig
 from .hypernet import HNet
+from .settings import AdaptConfig, GeneratorConfig, MultitaskConfig
 from .tasks import TaskBatch, TaskSet
 from .training import FitResult, fit
 

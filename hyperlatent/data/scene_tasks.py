@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from ..settings import ScenesConfig
-from .scene_questions import (ASKED, UNSEEN_WORDINGS, Question, answer, plant, prompt, split_questions,
-                                              wordings)
+from .scene_questions import ASKED, UNSEEN_WORDINGS, Question, answer, plant, prompt, split_questions, wordings
 from .scenes import random_objects, render
 from ..question_encoder import QuestionEncoder
 from ..ragged import text_key
+from ..settings import ScenesConfig
 from ..tasks import Task, TaskSet
 
 # %% ../../nbs/15_scene_tasks.ipynb #c28f0b23
