@@ -80,7 +80,7 @@ BLOCK = 1024  # pictures drawn from one generator
 
 
 def draw_pictures(
-    objects: Int[Tensor, "image place attribute"],  # the scenes of the whole data set
+    objects: Int[Tensor, "scene place attribute"],  # the scenes of the whole data set
     images: Sequence[int],  # rows to draw
     seed: int,  # of the data set
 ) -> UInt8[Tensor, "image 3 height width"]:
