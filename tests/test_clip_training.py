@@ -80,6 +80,18 @@ def test_held_out_questions_are_never_put_into_words():
     assert any(text.partition("? ")[0] + "?" in never for text in said)
 
 
+def test_a_run_holds_out_all_but_the_training_questions(tmp_path, monkeypatch):
+    used = []
+
+    def spy(objects, generator, held_out=frozenset()):
+        used.append(held_out)
+        return captions(objects, generator, held_out)
+
+    monkeypatch.setattr(clip_training, "captions", spy)
+    train_and_save(tmp_path / "run", SHORT, progress=False)
+    assert set(used) == {frozenset(q for q, split in split_questions().items() if split != "meta-train")}
+
+
 def test_a_batch_depends_on_its_generator_alone():
     encoder, batches = build_scenes_encoder(), []
     for seed in (1, 1, 2):
