@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .tasks import Samples, Task, TaskBatch, TaskSet
 
-# %% ../nbs/20_base.ipynb #755abc2f
+# %% ../nbs/20_base.ipynb #f45b01ec
 class CLIPAdapter:
     """`out = x + W2 relu(W1 x / sqrt(d) + b1) / sqrt(h) + b2`, normalised; logits are cosines times `logit_scale` (section 4.1).
 
@@ -35,6 +35,11 @@ class CLIPAdapter:
 
     def __repr__(self) -> str:
         return f"CLIPAdapter(dim={self.dim}, hidden={self.hidden}, n_weights={self.n_weights})"
+
+    @property
+    def max_tasks(self) -> int:
+        "About as many weight vectors as one should hold at once: a quarter of a gigabyte of them, and some copies."
+        return max(1, 2**26 // self.n_weights)
 
     def init(self, n: int, generator: torch.Generator) -> Float[Tensor, "{n} weight"]:
         "`n` random weight vectors: standard normal matrices, zero biases."

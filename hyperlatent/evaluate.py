@@ -26,7 +26,7 @@ from .settings import Config
 from .tasks import TaskBatch, TaskSet
 from .zoo import Zoo
 
-# %% ../nbs/41_evaluate.ipynb #b922f0e0
+# %% ../nbs/41_evaluate.ipynb #ea23a39a
 @dataclass
 class Row:
     "One method's score on every task."
@@ -48,7 +48,7 @@ def bootstrap_interval(values: Float[Tensor, "task"], resamples: int = 2000, see
     "Percentile bootstrap of the mean, 95 %. Give it differences of two rows for a paired interval."
     lots = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(values), (resamples, len(values)), generator=lots)
-    low, high = values.float()[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = values.cpu().float()[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
 
 # %% ../nbs/41_evaluate.ipynb #ebb74e42
@@ -73,13 +73,13 @@ class Models:
         "Query accuracy of the networks that latents stand for; several samples vote with their mean probabilities."
         return self.base.ensemble_accuracy(self.hnet(z), batch.query, batch)
 
-# %% ../nbs/41_evaluate.ipynb #f52ef1af
+# %% ../nbs/41_evaluate.ipynb #4a4ddd14
 def unguided_rows(models: Models, tasks: TaskSet, batch: TaskBatch, config: Config) -> list[Row]:
     "The rows without language."
     one = lambda weights: models.score(weights.expand(len(batch), -1), batch)
     fitted = adapt(models.hnet, models.base, batch, **vars(config.evaluate.few_shot))
     return [Row("chance", None, 1 / batch.answer_mask.sum(1)), Row("majority", None, majority_scores(batch)),
-            Row("clip", None, one(torch.zeros(models.base.n_weights))), Row("multitask", None, one(models.mnet.z0.detach())),
+            Row("clip", None, one(torch.zeros_like(models.mnet.z0))), Row("multitask", None, one(models.mnet.z0.detach())),
             Row("hnet_z0", None, models.score_latents(models.hnet.z0.detach().expand(1, len(batch), -1), batch)),
             Row("few_shot", None, models.score_latents(fitted[None], batch))]
 

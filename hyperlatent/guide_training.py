@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['walk', 'train_hyperclip', 'sample', 'train_hyperldm', 'blurred']
 
-# %% ../nbs/35_guide_training.ipynb #a0521bb1
+# %% ../nbs/35_guide_training.ipynb #678b8598
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ from .tasks import TaskBatch
 from .training import FitResult, fit
 from .zoo import Zoo
 
-# %% ../nbs/35_guide_training.ipynb #32ba7d4c
+# %% ../nbs/35_guide_training.ipynb #3a657f99
 def walk(guide: ClassifierGuidance, questions: Tensor, config: HyperCLIPConfig, **options):
     "The guided walk from the generator's start with the settings of `config`, as a `Trajectory`."
     return guide(questions, num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
@@ -30,7 +32,7 @@ def train_hyperclip(
     zoo: Zoo,
     generator_network: nn.Module,  # frozen
     base: CLIPAdapter,
-    validation: TaskBatch,  # meta-validation tasks choose the moment
+    validation: Sequence[TaskBatch],  # meta-validation tasks choose the moment; none: the last is kept
     config: HyperCLIPConfig,
     *,
     seed: int = 0,
@@ -38,24 +40,29 @@ def train_hyperclip(
 ) -> tuple[HyperCLIP, FitResult]:
     "Train the weight encoder (section 3.2)."
     lots = torch.Generator().manual_seed(seed)
-    model = HyperCLIP(base.n_weights, zoo.phrases.shape[1], config.hidden, generator=lots)
-    start = generator_network.z0.detach()
-    with torch.no_grad(): model.fit_statistics(generator_network(zoo.draw(1024, lots)[0]))
+    model = HyperCLIP(base.n_weights, zoo.phrases.shape[1], config.hidden, generator=lots).to(zoo.latents.device)
+    start, enough = generator_network.z0.detach(), min(1024, 4 * base.max_tasks)
+    with torch.no_grad(): model.fit_statistics(generator_network(zoo.draw(enough, lots)[0]))
 
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
         z, questions, _ = zoo.draw(config.fit.batch_size, generator, distinct=True)
-        way = torch.rand(len(z), 1, generator=generator)
-        z = start + way * (z - start) + config.latent_noise * torch.randn(z.shape, generator=generator)
+        way = torch.rand(len(z), 1, generator=generator).to(z)
+        z = start + way * (z - start) + config.latent_noise * torch.randn(z.shape, generator=generator).to(z)
         with torch.no_grad(): weights = generator_network(z)
         return info_nce(model, weights, questions)
 
-    def score(model: nn.Module) -> float:
-        z = walk(ClassifierGuidance(model, generator_network), validation.question_features, config).final[0]
-        return base.accuracy(generator_network(z), validation.query, validation).mean().item()
+    def score(model: nn.Module, batch: TaskBatch) -> Tensor:
+        z = walk(ClassifierGuidance(model, generator_network), batch.question_features, config).final[0]
+        return base.accuracy(generator_network(z), batch.query, batch)
 
-    return model, fit(model, loss, config.fit, validate=score, seed=seed, description="HyperCLIP", **options)
+    return model, fit(model, loss, config.fit, validate=_mean_score(score, validation), seed=seed, description="HyperCLIP", **options)
 
-# %% ../nbs/35_guide_training.ipynb #9e6eddd6
+
+def _mean_score(score, batches: Sequence[TaskBatch]):
+    "A validation for `fit`: the mean over all tasks of `score(model, batch)`; None if there is nothing to validate on."
+    return (lambda model: torch.cat([score(model, batch) for batch in batches]).mean().item()) if batches else None
+
+# %% ../nbs/35_guide_training.ipynb #5c51c507
 def sample(guide: ClassifierFreeGuidance, questions: Tensor, config: HyperLDMConfig, **options):
     "Guided samples with the settings of `config`, unless an option says otherwise, as a `Trajectory`."
     settings = dict(guidance_scale=config.guidance_scale, num_samples=config.num_samples,
@@ -67,7 +74,7 @@ def train_hyperldm(
     zoo: Zoo,
     generator_network: nn.Module,  # frozen
     base: CLIPAdapter,
-    validation: TaskBatch,  # meta-validation tasks choose the moment
+    validation: Sequence[TaskBatch],  # meta-validation tasks choose the moment; none: the last is kept
     config: HyperLDMConfig,
     *,
     seed: int = 0,
@@ -77,7 +84,7 @@ def train_hyperldm(
     lots = torch.Generator().manual_seed(seed)
     model = Denoiser(zoo.latents.shape[-1], zoo.phrases.shape[1], config.hidden, config.blocks, config.time_dim,
                      dropout=config.dropout, prediction_type=config.prediction_type,
-                     num_train_timesteps=config.num_train_timesteps, generator=lots)
+                     num_train_timesteps=config.num_train_timesteps, generator=lots).to(zoo.latents.device)
     model.fit_statistics(zoo.flat, zoo.phrases)
     scheduler = model.make_scheduler("ddpm")
 
@@ -86,16 +93,16 @@ def train_hyperldm(
         questions = blurred(questions, config.question_noise, generator)
         return diffusion_loss(model, z, questions, scheduler, drop=config.condition_dropout, generator=generator)
 
-    def score(model: nn.Module) -> float:
+    def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         guide = ClassifierFreeGuidance(model, config.scheduler)
-        z = sample(guide, validation.question_features, config, generator=torch.Generator().manual_seed(0))
-        return base.ensemble_accuracy(generator_network(z.final), validation.query, validation).mean().item()
+        z = sample(guide, batch.question_features, config, generator=torch.Generator().manual_seed(0))
+        return base.ensemble_accuracy(generator_network(z.final), batch.query, batch)
 
-    return model, fit(model, loss, config.fit, validate=score, seed=seed, description="HyperLDM", **options)
+    return model, fit(model, loss, config.fit, validate=_mean_score(score, validation), seed=seed, description="HyperLDM", **options)
 
 
 def blurred(questions: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     "Question features with noise of norm about `noise`, of unit length again: neighbouring questions, neighbouring latents."
     if not noise: return questions
-    step = torch.randn(questions.shape, generator=generator) * noise / questions.shape[1] ** 0.5
+    step = torch.randn(questions.shape, generator=generator).to(questions) * noise / questions.shape[1] ** 0.5
     return F.normalize(questions + step, dim=-1)

@@ -64,7 +64,7 @@ class ClipTrainingConfig:
     fit: FitConfig = FitConfig(steps=6500, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98),
                                validate_every=650, checkpoint_every=325)
 
-# %% ../nbs/02_settings.ipynb #22df1475
+# %% ../nbs/02_settings.ipynb #ad70fb9e
 @dataclass(frozen=True)
 class MultitaskConfig:
     "MNet: one weight vector for all tasks."
@@ -93,7 +93,7 @@ class GeneratorConfig:
 class ZooConfig:
     "The adapted latents from which the guides learn."
     runs: int = 100  # per training task
-    samples_per_task: int = 0  # a random subset of this many for each run; 0 takes all
+    samples_per_task: int = 50  # a random subset of this many for each run; 0 takes all, and then all runs are equal
     inner: AdaptConfig = AdaptConfig(steps=50)  # the reference uses 10 or 50
 
 # %% ../nbs/02_settings.ipynb #de83f8cd
@@ -133,13 +133,14 @@ class EvaluateConfig:
     few_shot: AdaptConfig = AdaptConfig(steps=50)  # the reference adapts by up to 50 steps
     bootstrap: int = 2000  # resamplings of the tasks for the 95 % intervals
 
-# %% ../nbs/02_settings.ipynb #d2f574b9
+# %% ../nbs/02_settings.ipynb #81b03026
 @dataclass(frozen=True)
 class Config:
     "Everything that can be set for one run of the chain."
     seed: int = 0  # of all training and sampling
     device: str | None = None  # "cuda", "cpu", ...; None takes what accelerate finds
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    tasks: str | None = None  # folder of a saved task set, see "hyperlatent prepare"; None draws Meta-Scenes as "data" says
     data: ScenesConfig = ScenesConfig()
     base: BaseConfig = BaseConfig()
     multitask: MultitaskConfig = MultitaskConfig()

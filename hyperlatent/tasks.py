@@ -78,7 +78,7 @@ def _flatten(tasks, features, counts, name, dim=None):
         raise TaskError(f"task {question!r} has NaN or infinity in its {name}", "Encode it again")
     return table, runs
 
-# %% ../nbs/03_tasks.ipynb #6dbf910b
+# %% ../nbs/03_tasks.ipynb #7fc55e61
 class TaskSet:
     """Tasks with their encoded images, questions and answers.
 
@@ -97,6 +97,7 @@ class TaskSet:
         unseen_question_features: Sequence[Tensor] | None = None,  # per task (unseen paraphrases, question_dim)
     ):
         self.tasks, self.image_features = tuple(tasks), image_features
+        self.source: dict = {}  # how it was made, such as its encoders: what `save` is told as config, and `load` finds
         if image_features.ndim != 2 or not image_features.is_floating_point():
             raise TaskError(f"image_features has shape {tuple(image_features.shape)} and type {image_features.dtype}",
                             "Give floats of shape (images, dim)")
@@ -216,7 +217,8 @@ class TaskSet:
         return fingerprint([self.tasks, self._tables()])
 
     def save(self, folder: str | Path, **options) -> Artifact:  # options of `save_artifact`: config, inputs, metrics
-        "Write the set as an artifact of kind 'taskset'."
+        "Write the set as an artifact of kind 'taskset'; its config is `source` unless another is given."
+        options = {"config": self.source} | options
         return save_artifact(folder, "taskset", self._tables(), documents={"tasks": self.tasks}, **options)
 
     @classmethod
@@ -232,8 +234,10 @@ class TaskSet:
             raise ArtifactError(f"{str(folder)!r} lacks tasks or features", "Delete the folder and run the stage again")
         source = f"{str(Path(folder) / 'tasks.json')!r}"
         tasks = [from_dict(Task, t, source=f"task {i} of {source}") for i, t in enumerate(artifact.documents["tasks"])]
-        return cls(tasks, tables["image_features"], **{
+        taskset = cls(tasks, tables["image_features"], **{
             name: _split_rows(tables[name], counts, name) for name, counts in _counts(tasks).items()})
+        taskset.source = artifact.config
+        return taskset
 
     def _tables(self):
         tables = {"question_features": (self._phrases, self._phrase_runs), "answer_features":

@@ -18,7 +18,7 @@ from .settings import ZooConfig
 from .tasks import TaskSet
 from .training import step_generator
 
-# %% ../nbs/24_zoo.ipynb #4b663bdd
+# %% ../nbs/24_zoo.ipynb #91aad1eb
 @dataclass
 class Zoo:
     "Adapted latents of training tasks with the wordings of their questions."
@@ -47,7 +47,8 @@ class Zoo:
     def _wording(self, task: Tensor, generator: torch.Generator) -> Tensor:
         count = self.phrase_task.bincount(minlength=self.latents.shape[1])
         first = count.cumsum(0) - count  # the wordings of a task stand together
-        return first[task] + (torch.rand(len(task), generator=generator) * count[task]).long()
+        number = torch.rand(len(task), generator=generator).to(count.device) * count[task]
+        return first[task] + number.long()
 
 # %% ../nbs/24_zoo.ipynb #727ceaec
 def build_zoo(
