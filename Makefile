@@ -27,7 +27,7 @@ readme: $(VENV)/.installed-dev
 
 # caches and build products; runs/ is yours and stays
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist _docs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find hyperlatent nbs tests tools -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -35,7 +35,7 @@ $(BIN)/python:
 
 # stamps: installed again only after the packaging files have changed
 $(VENV)/.installed: $(PACKAGING) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e .
+	$(BIN)/python -m pip install --quiet -e ".[explore,tracking]"
 	touch $@
 
 $(VENV)/.installed-dev: $(PACKAGING) | $(BIN)/python

@@ -7,6 +7,7 @@ __all__ = ['support_gradient', 'Adam', 'adapt', 'DirectWeights']
 
 # %% ../nbs/22_adapt.ipynb #7400d0ee
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
@@ -34,7 +35,8 @@ class Adam:
     "Adam's direction with its bias correction, for rows that are optimised independently."
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.99)):
-        self.betas, self.mean, self.square, self.steps = betas, 0.0, 0.0, 0
+        self.betas, self.steps = betas, 0
+        self.mean = self.square = torch.zeros(())
 
     def __call__(self, gradient: Tensor) -> Tensor:
         (a, b), self.steps = self.betas, self.steps + 1
@@ -43,7 +45,11 @@ class Adam:
         return self.mean / (1 - a**self.steps) / ((self.square / (1 - b**self.steps)).sqrt() + 1e-8)
 
 # %% ../nbs/22_adapt.ipynb #ba023967
-def adapt(
+@overload
+def adapt(generator: nn.Module, base: CLIPAdapter, batch: TaskBatch, *, record: tuple[()] = (), **options: Any) -> Tensor: ...
+@overload
+def adapt(generator: nn.Module, base: CLIPAdapter, batch: TaskBatch, *, record: Sequence[int], **options: Any) -> dict[int, Tensor]: ...
+def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     generator: nn.Module,  # has `z0` and maps latents to weights
     base: CLIPAdapter,
     batch: TaskBatch,  # its support samples are fitted

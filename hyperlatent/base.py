@@ -85,7 +85,8 @@ class CLIPAdapter:
         batch: TaskBatch,
     ) -> Float[Tensor, "task"]:
         "Accuracy of each task's networks together: the answer with the highest mean probability."
-        probabilities = sum(self.logits(w, samples.features, batch).softmax(-1) for w in weights)
+        each = (self.logits(w, samples.features, batch).softmax(-1) for w in weights)
+        probabilities = sum(each, torch.zeros(()))
         return masked_mean((probabilities.argmax(-1) == samples.labels).float(), samples.mask)
 
 # %% ../nbs/20_base.ipynb #12612246

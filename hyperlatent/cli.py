@@ -127,7 +127,7 @@ def parse(arguments: Sequence[str]):
         command = COMMANDS[arguments[0]]
         default = command(settings=base_settings(arguments[1:]))
         return tyro.cli(command, prog=f"hyperlatent {arguments[0]}", args=list(arguments[1:]), default=default)
-    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="hyperlatent", args=list(arguments))
+    return tyro.extras.subcommand_cli_from_dict({**COMMANDS}, prog="hyperlatent", args=list(arguments))
 
 # %% ../nbs/43_cli.ipynb #7bf208b8
 def main(arguments: Sequence[str] | None = None) -> int:

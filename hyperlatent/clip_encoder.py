@@ -129,6 +129,7 @@ class Tokenizer:
 
     def is_word(self, tokens: Int[Tensor, "text token"]) -> Bool[Tensor, "text token"]:
         "Which tokens of a vocabulary that is cut down are known words: no padding, nor the start or the end of a text."
+        assert self.token_ids is not None, "the vocabulary is whole"
         return (tokens > UNKNOWN) & (tokens < len(self.token_ids))
 
     def unknown_words(self, text: str) -> list[str]:

@@ -22,7 +22,9 @@ def to_dict(
     cfg: Any,  # a dataclass instance, possibly with dataclasses inside
 ) -> dict[str, Any]:
     "The settings as JSON values: tuples become lists."
-    plain = lambda v: [plain(x) for x in v] if isinstance(v, tuple | list) else v
+    def plain(value):
+        return [plain(x) for x in value] if isinstance(value, tuple | list) else value
+
     return dataclasses.asdict(cfg, dict_factory=lambda items: {k: plain(v) for k, v in items})
 
 # %% ../nbs/02_config.ipynb #54d7c99f
@@ -77,7 +79,7 @@ class _Unknown(Exception):
 
 
 def _build(cls, values, where):
-    if dataclasses.is_dataclass(cls) and isinstance(values, cls):
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls) and isinstance(values, cls):
         return values
     if not isinstance(values, dict):
         raise _Mismatch(where, values, "an object with names and values")

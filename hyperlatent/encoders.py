@@ -72,7 +72,7 @@ def _weights_of(name: str, pretrained: str | None) -> tuple[Path, dict]:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "there are none"
         raise EncoderError(f"{name!r} has no pretrained weights {pretrained!r}",
                            f"Give a safetensors file, or one of open_clip's tags: {tags}")
-    if not tag: return Path(pretrained), {}
+    if not tag: return Path(str(pretrained)), {}
     remedy = ("Connect to the internet, or download them elsewhere and give the safetensors file as pretrained; "
               "'scenes' needs no download")
     with _explained(f"the weights {pretrained!r} of {name!r} cannot be downloaded", remedy):
@@ -113,7 +113,7 @@ def load_encoder(
     "A frozen encoder. Raises `EncoderError` if there is no such model, or its weights cannot be had or do not fit."
     import open_clip
 
-    name, file, options = _resolve(str(name), pretrained and str(pretrained))
+    name, file, options = _resolve(str(name), None if pretrained is None else str(pretrained))
     if not file.is_file(): raise EncoderError(f"there is no file {str(file)!r}", "Check the path")
     if file.suffix != ".safetensors":
         raise EncoderError(f"{str(file)!r} is no safetensors file, and pickles are never opened",

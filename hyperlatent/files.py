@@ -54,12 +54,12 @@ def fingerprint(
 def to_json(
     obj: Any,
     name: str = "a value",  # what it is called in an error
-    **options,  # of `json.dumps`
+    **options: Any,  # of `json.dumps`
 ) -> str:
     "Canonical JSON. Raises `ArtifactError` for what JSON cannot hold, NaN and infinity included."
-    options = {"sort_keys": True, "allow_nan": False, "ensure_ascii": False, "default": plain} | options
+    defaults: dict[str, Any] = {"sort_keys": True, "allow_nan": False, "ensure_ascii": False, "default": plain}
     try:
-        text = json.dumps(obj, **options)
+        text = json.dumps(obj, **(defaults | options))
         text.encode()
         return text
     except (TypeError, ValueError, RecursionError) as e:
@@ -82,7 +82,7 @@ def _hashed(obj):
     if not isinstance(obj, Tensor):
         return plain(obj)
     memory = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # no copy unless it is needed
-    return {"shape": list(obj.shape), "dtype": str(obj.dtype), "sha256": hashlib.sha256(memory).hexdigest()}
+    return {"shape": list(obj.shape), "dtype": str(obj.dtype), "sha256": hashlib.sha256(memory.data).hexdigest()}
 
 # %% ../nbs/00_files.ipynb #9d6a342a
 @contextmanager

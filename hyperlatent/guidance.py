@@ -202,8 +202,8 @@ class ClassifierFreeGuidance:
         if scale == 0 and not rescale:
             return self.denoiser.denoise(z, without).to(z)
         # one call for twice the rows costs less than two calls
-        both = self.denoiser.denoise(torch.cat([z, z], 1), film).to(z)
-        return guided_output(*both.chunk(2, dim=1), scale, rescale)
+        without, with_question = self.denoiser.denoise(torch.cat([z, z], 1), film).to(z).chunk(2, dim=1)
+        return guided_output(without, with_question, scale, rescale)
 
 # %% ../nbs/33_guidance.ipynb #68395cc9
 class ClassifierGuidance:

@@ -44,7 +44,7 @@ def train_hyperclip(
     start, enough = generator_network.z0.detach(), min(1024, 4 * base.max_tasks)
     with torch.no_grad(): model.fit_statistics(generator_network(zoo.draw(enough, lots)[0]))
 
-    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss(model: HyperCLIP, generator: torch.Generator) -> Tensor:
         z, questions, _ = zoo.draw(config.fit.batch_size, generator, distinct=True)
         way = torch.rand(len(z), 1, generator=generator).to(z)
         z = start + way * (z - start) + config.latent_noise * torch.randn(z.shape, generator=generator).to(z)

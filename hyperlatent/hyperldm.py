@@ -7,6 +7,7 @@ __all__ = ['time_embedding', 'Block', 'Denoiser', 'diffusion_loss']
 
 # %% ../nbs/31_hyperldm.ipynb #3dd6b16d
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -146,7 +147,7 @@ def diffusion_loss(
 ) -> Float[Tensor, ""]:
     "Mean squared error of the denoiser at random timesteps (equation 14 of arXiv 2006.11239)."
     n, device = len(latents), latents.device
-    draw = dict(generator=generator, device=generator.device if generator is not None else device)
+    draw: dict[str, Any] = dict(generator=generator, device=generator.device if generator is not None else device)
     t = torch.randint(scheduler.config.num_train_timesteps, (n,), **draw).to(device)
     noise = torch.randn(latents.shape, **draw).to(latents)
     withheld = torch.rand(n, 1, **draw).to(device) < drop

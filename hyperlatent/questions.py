@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import Any
 
 from .errors import TaskError
 
@@ -35,7 +36,7 @@ def number_images(
     tasks: Sequence[Task],  # tasks that know their images by name
 ) -> tuple[list[Task], list[str]]:  # the same tasks with row numbers, and the name of each row
     "Replace image names by row numbers; returns the tasks and the names in row order."
-    rows = {}
+    rows: dict[Any, int] = {}
     number = lambda samples: tuple((rows.setdefault(image, len(rows)), answer) for image, answer in samples)
     return [replace(t, support=number(t.support), query=number(t.query)) for t in tasks], list(rows)
 

@@ -8,6 +8,7 @@ __all__ = ['SCHEDULERS', 'make_scheduler', 'check_scheduler', 'check_steps', 'se
 # %% ../nbs/30_schedulers.ipynb #8177dd70
 import math
 from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from torch import Tensor
 from .errors import HyperLatentError
 
 # %% ../nbs/30_schedulers.ipynb #87c369ed
-SCHEDULERS = {  # name: class in diffusers, its options
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: class in diffusers, its options
     "ddpm": ("DDPMScheduler", dict(clip_sample=False)),
     "ddim": ("DDIMScheduler", dict(clip_sample=False, set_alpha_to_one=True)),
     "dpmsolver++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++")),
@@ -28,7 +29,7 @@ def make_scheduler(
     num_train_timesteps: int = 1000,  # timesteps of the diffusion
     beta_schedule: str = "squaredcos_cap_v2",  # diffusers' name of the cosine schedule (arXiv 2102.09672)
     prediction_type: str = "v_prediction",  # what the denoiser predicts; or "epsilon"
-    **options,  # further options of the class in diffusers
+    **options: Any,  # further options of the class in diffusers
 ):
     "A scheduler of diffusers, set up for latents. Raises `HyperLatentError` for an unknown name."
     import diffusers
@@ -38,7 +39,7 @@ def make_scheduler(
     if name not in SCHEDULERS:
         raise HyperLatentError(f"Unknown scheduler {name!r}", f"Choose one of {', '.join(SCHEDULERS)}")
     class_name, ours = SCHEDULERS[name]
-    common = dict(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule,
+    common: dict[str, Any] = dict(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule,
                   prediction_type=prediction_type,
                   timestep_spacing="leading" if prediction_type == "epsilon" else "trailing")
     return getattr(diffusers, class_name)(**common | ours | options)

@@ -37,7 +37,7 @@ from .hypernet import HNet
 from .meta import train_hnet, train_multitask, validation_batches
 from .settings import Config
 from .tasks import TaskSet
-from .training import FitResult
+from .training import FitResult, Network
 from .zoo import Zoo, build_zoo, zoo_health
 
 # %% ../nbs/42_stages.ipynb #07692168
@@ -116,7 +116,7 @@ def made_network(model: nn.Module, result: FitResult, architecture: dict[str, An
     return Made(model.state_dict(), remark, vars(result), {"architecture": architecture})
 
 
-def load_network(cls: type[nn.Module], artifact: Artifact, device: str | torch.device = "cpu") -> nn.Module:
+def load_network(cls: type[Network], artifact: Artifact, device: str | torch.device = "cpu") -> Network:
     "The frozen network of a stage. Raises `ArtifactError` if tensors and architecture do not fit."
     try:
         with torch.device("meta"): model = cls(**artifact.documents["architecture"])

@@ -184,14 +184,14 @@ class TaskSet:
     ) -> Iterator[tuple[Int[Tensor, "task"], TaskBatch]]:
         "All tasks once, those of similar size together so that little is padding: their indices and their batch."
         seed = None if generator is None else _draw_seeds(generator)[0]
-        lengths, group = self._runs.length.tolist(), []
+        lengths, group = self._runs.length.tolist(), list[int]()
         for i in [*sorted(range(len(self)), key=lengths.__getitem__), None]:  # None: the end
             if group and (i is None or len(group) == max_tasks or (len(group) + 1) * lengths[i] > max_samples):
                 if seed is not None:  # the same for each batch, so that no choice depends on the grouping
                     options["generator"] = torch.Generator().manual_seed(seed)
                 yield torch.tensor(group), self.batch(group, **options)
                 group = []
-            group.append(i)
+            if i is not None: group.append(i)
 
     def samples_batch(
         self,

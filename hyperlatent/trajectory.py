@@ -8,6 +8,7 @@ __all__ = ['Trajectory']
 # %% ../nbs/32_trajectory.ipynb #b7c17d82
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -78,4 +79,5 @@ class Trajectory:
     def load(cls, folder: str | Path) -> "Trajectory":
         "Read what `save` wrote. Raises `ArtifactError` for a damaged or foreign folder."
         artifact = load_artifact(folder, kind="trajectory")
-        return cls(**artifact.tensors, **artifact.config)
+        fields: dict[str, Any] = {**artifact.tensors, **artifact.config}
+        return cls(**fields)

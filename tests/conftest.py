@@ -1,6 +1,9 @@
 """Every test runs with shapes checked, on one thread, offline and without a display."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # Before torch is imported, and inherited by the notebooks' processes: xdist's workers share the cores among themselves.
@@ -20,3 +23,17 @@ SHAPE_CHECKS = install_import_hook("hyperlatent", "beartype.beartype")  # kept: 
 def root() -> Path:
     """The repository."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def wheel(root, tmp_path_factory) -> Path:
+    """The wheel, built from the source distribution as a package index would get it."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("out")
+    packaging = "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in"
+    for file in *packaging, "LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "CITATION.cff":
+        shutil.copy(root / file, source)
+    shutil.copytree(root / "hyperlatent", source / "hyperlatent", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(out.glob("*.whl"))

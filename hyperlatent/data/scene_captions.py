@@ -6,6 +6,8 @@
 __all__ = ['MENTIONED', 'NEIGHBOUR_OF', 'FORMS', 'Lots', 'describe', 'ask', 'caption', 'captions', 'look_alikes', 'all_words']
 
 # %% ../../nbs/13_scene_captions.ipynb #a0194cd4
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -21,7 +23,8 @@ class Lots:
     "Uniform random numbers of one generator, drawn in bulk and handed out one by one."
 
     def __init__(self, generator: torch.Generator):
-        self.generator, self.numbers = generator, iter(())
+        self.generator = generator
+        self.numbers: Iterator[float] = iter(())
 
     def __call__(self) -> float:
         "The next number in [0, 1)."

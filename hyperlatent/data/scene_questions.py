@@ -116,8 +116,8 @@ def statement(question: Question, value: int, words: str | None = None) -> str:
 
 def prompt(question: Question, value: int) -> str:
     "The partial statement that prompts CLIP: the answer and the noun."
-    known = question.shape is not None and question.relation is None
-    return statement(question, value, SHAPES[question.shape] if known else "object")
+    noun = SHAPES[question.shape] if question.shape is not None and question.relation is None else "object"
+    return statement(question, value, noun)
 
 # %% ../../nbs/12_scene_questions.ipynb #9045c77a
 def _descriptions(*names: str) -> Iterator[dict]:

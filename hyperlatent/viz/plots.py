@@ -179,7 +179,7 @@ def _draw_chains(ax, path: Tensor, color: Tensor, scale: dict):
     "Lines coloured by accuracy over a white edge, with a ring at the start and a dot at the end of each."
     from matplotlib.collections import LineCollection
 
-    segments = torch.stack([path[:-1], path[1:]], -2).flatten(0, 1)
+    segments = list(torch.stack([path[:-1], path[1:]], -2).flatten(0, 1).numpy())
     ax.add_collection(LineCollection(segments, colors="white", linewidths=3.8, capstyle="round"))
     lines = LineCollection(segments, array=color.flatten(), cmap="cividis", linewidths=2, capstyle="round", zorder=3)
     lines.set_clim(**scale)
