@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'hyperlatent/evaluate.py'),
                                       'hyperlatent.evaluate.derangement': ('evaluate.html#derangement', 'hyperlatent/evaluate.py'),
                                       'hyperlatent.evaluate.guided_rows': ('evaluate.html#guided_rows', 'hyperlatent/evaluate.py'),
+                                      'hyperlatent.evaluate.in_order': ('evaluate.html#in_order', 'hyperlatent/evaluate.py'),
                                       'hyperlatent.evaluate.majority_scores': ('evaluate.html#majority_scores', 'hyperlatent/evaluate.py'),
                                       'hyperlatent.evaluate.nearest_task_latents': ( 'evaluate.html#nearest_task_latents',
                                                                                      'hyperlatent/evaluate.py'),

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Row', 'bootstrap_interval', 'Models', 'unguided_rows', 'majority_scores', 'nearest_task_latents', 'guided_rows',
-           'derangement', 'zero_shot_rows', 'results', 'table', 'read_results', 'seeds_table']
+           'derangement', 'zero_shot_rows', 'in_order', 'results', 'table', 'read_results', 'seeds_table']
 
-# %% ../nbs/41_evaluate.ipynb #456a6dc7
+# %% ../nbs/41_evaluate.ipynb #fd6e60cc
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,7 +90,7 @@ def majority_scores(batch: TaskBatch) -> Float[Tensor, "task"]:
     right = (batch.query.labels == votes.sum(1).argmax(1)[:, None]) & batch.query.mask
     return right.sum(1) / batch.query.mask.sum(1)
 
-# %% ../nbs/41_evaluate.ipynb #8347d516
+# %% ../nbs/41_evaluate.ipynb #abab05ab
 def nearest_task_latents(models: Models, questions: Float[Tensor, "task question_dim"]) -> Float[Tensor, "task latent"]:
     "The mean zoo latent of the training task whose question is most similar."
     own = models.train.batch(num_support=1, num_query=1, generator=torch.Generator()).question_features
@@ -98,8 +98,8 @@ def nearest_task_latents(models: Models, questions: Float[Tensor, "task question
     return models.zoo.latents.mean(0)[nearest]
 
 
-def guided_rows(models: Models, batch: TaskBatch, config: Config) -> list[Row]:
-    "The rows with language: both guides, and the controls."
+def guided_rows(models: Models, batch: TaskBatch, shuffled: Float[Tensor, "task question_dim"], config: Config) -> list[Row]:
+    "The rows with language: both guides, and the controls; `shuffled` are questions of other tasks."
     questions, seed = batch.question_features, config.seed
     hyperclip = walk(ClassifierGuidance(models.hyperclip, models.hnet), questions, config.hyperclip).final
     rows = [Row("hyperclip", None, models.score_latents(hyperclip, batch))]
@@ -110,8 +110,8 @@ def guided_rows(models: Models, batch: TaskBatch, config: Config) -> list[Row]:
         return models.score_latents(sample(guide, questions, config.hyperldm, guidance_scale=scale, generator=lots).final, batch)
 
     rows += [Row("hyperldm", scale, sampled(questions, scale)) for scale in config.evaluate.guidance_scales]
-    scale, order = config.hyperldm.guidance_scale, derangement(len(batch), torch.Generator().manual_seed(seed))
-    rows.append(Row("hyperldm_shuffled_text", scale, sampled(questions[order], scale)))
+    scale = config.hyperldm.guidance_scale
+    rows.append(Row("hyperldm_shuffled_text", scale, sampled(shuffled, scale)))
     return rows + [Row("nearest_task", None, models.score_latents(nearest_task_latents(models, questions)[None], batch))]
 
 
@@ -122,11 +122,23 @@ def derangement(n: int, generator: torch.Generator) -> Tensor:
     shuffled[order] = order.roll(1)
     return shuffled
 
-# %% ../nbs/41_evaluate.ipynb #87a50bf6
+# %% ../nbs/41_evaluate.ipynb #47c0ea02
 def zero_shot_rows(models: Models, tasks: TaskSet, config: Config) -> list[Row]:
     "Every row of the zero-shot table on `tasks`."
-    batch = tasks.batch()
-    return unguided_rows(models, tasks, batch, config) + guided_rows(models, batch, config)
+    order = derangement(len(tasks), torch.Generator().manual_seed(config.seed))
+    questions = tasks.batch(num_support=1, num_query=1, generator=torch.Generator()).question_features
+    parts = []
+    for indices, batch in tasks.batches(max(1, models.base.max_tasks // config.hyperldm.num_samples)):
+        shuffled = questions[order[indices]]
+        parts.append((indices, unguided_rows(models, tasks, batch, config) + guided_rows(models, batch, shuffled, config)))
+    return in_order(parts)
+
+
+def in_order(parts: list[tuple[Int[Tensor, "part"], list[Row]]]) -> list[Row]:
+    "Rows of some tasks each, with the tasks' numbers, as rows of all tasks."
+    places = torch.cat([indices for indices, _ in parts]).argsort()
+    join = lambda rows: replace(rows[0], per_task=torch.cat([row.per_task.cpu() for row in rows])[places])
+    return [join(rows) for rows in zip(*(rows for _, rows in parts))]
 
 # %% ../nbs/41_evaluate.ipynb #a9739a60
 def results(rows: list[Row], config: Config) -> dict:

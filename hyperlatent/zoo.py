@@ -50,7 +50,7 @@ class Zoo:
         number = torch.rand(len(task), generator=generator).to(count.device) * count[task]
         return first[task] + number.long()
 
-# %% ../nbs/24_zoo.ipynb #727ceaec
+# %% ../nbs/24_zoo.ipynb #f8ba5fb1
 def build_zoo(
     generator: nn.Module,  # a trained generator
     base: CLIPAdapter,
@@ -58,17 +58,18 @@ def build_zoo(
     config: ZooConfig,
     *,
     seed: int = 0,
-    max_tasks: int = 256,  # adapted at once; bounds memory
+    max_tasks: int = 0,  # adapted at once; 0: `base.max_tasks`
     progress: bool = True,
 ) -> Zoo:
     "Adapt every task `config.runs` times, each time on a random subset of its support and query samples."
     from tqdm.auto import tqdm
 
-    chunks = torch.arange(len(tasks)).split(max_tasks)
+    chunks = torch.arange(len(tasks)).split(max_tasks or base.max_tasks)
     latents = []
     for run in tqdm(range(config.runs), desc="zoo", unit="run", disable=not progress, leave=False):
-        lots = step_generator(seed, run)
-        latents.append(torch.cat([_adapt_chunk(generator, base, tasks, chunk, config, lots) for chunk in chunks]))
+        # a generator for each chunk, all alike: a task's samples do not depend on its chunk
+        latents.append(torch.cat([_adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run))
+                                  for chunk in chunks]))
     return Zoo(torch.stack(latents), *tasks.question_phrases())
 
 
@@ -78,7 +79,7 @@ def _adapt_chunk(generator, base, tasks, chunk, config, lots) -> Tensor:
     number = config.samples_per_task or 2**31
     return adapt(generator, base, replace(batch, support=tasks.samples_batch(chunk, number, lots)), **vars(config.inner))
 
-# %% ../nbs/24_zoo.ipynb #b472f9a4
+# %% ../nbs/24_zoo.ipynb #4d6f0e2d
 def zoo_health(
     zoo: Zoo,
     generator: nn.Module,
@@ -88,6 +89,6 @@ def zoo_health(
     "Spread of latents within and between tasks (standard deviations, mean over dimensions), and query accuracy of a run."
     within = zoo.latents.std(0).mean().item() if len(zoo.latents) > 1 else 0.0
     between = zoo.latents.mean(0).std(0).mean().item()
-    batch = tasks.batch()
-    with torch.no_grad(): accuracy = base.accuracy(generator(zoo.latents[0]), batch.query, batch).mean().item()
-    return dict(within=within, between=between, accuracy=accuracy)
+    with torch.no_grad():
+        right = [base.accuracy(generator(zoo.latents[0, chunk]), batch.query, batch) for chunk, batch in tasks.batches(base.max_tasks)]
+    return dict(within=within, between=between, accuracy=torch.cat(right).mean().item())
