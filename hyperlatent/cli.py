@@ -6,14 +6,14 @@
 __all__ = ['Settings', 'COMMANDS', 'Demo', 'Train', 'Evaluate', 'TrainClip', 'Table', 'say', 'base_settings', 'merged', 'parse',
            'main']
 
-# %% ../nbs/43_cli.ipynb #905f0a57
+# %% ../nbs/43_cli.ipynb #0b79b5f4
 import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,15 +22,16 @@ from .config import from_dict, load_config, to_dict
 from .errors import ConfigError, HyperLatentError
 from .settings import ClipTrainingConfig, Config, preset
 
-# %% ../nbs/43_cli.ipynb #aa7acadd
+# %% ../nbs/43_cli.ipynb #f0c6f6f9
 Settings = Annotated[Config, tyro.conf.arg(name="")]  # the sections' options stand without a prefix
 
 
 @dataclass
 class Demo:
-    "The whole chain on Meta-Scenes: prepare, train, evaluate; prints the zero-shot table and saves figures."
+    "The whole chain, on Meta-Scenes or on --tasks: prepare, train, evaluate; prints the zero-shot table and saves figures."
     out: Path = Path("runs/demo")  # folder to write to; complete stages in it are reused
-    quick: bool = False  # a short version with a worse table
+    preset: Literal["reference", "scenes", "scenes-quick"] = "scenes"  # the settings to start from
+    quick: bool = False  # the preset scenes-quick: a short version with a worse table
     config: Path | None = None  # a JSON file with settings that differ from the preset
     settings: Settings = field(default_factory=lambda: preset("scenes"))
 
@@ -50,16 +51,18 @@ class Train(Demo):
         with stages.opened(self.out, self.settings, progress=sys.stderr.isatty(), say=say) as chain:
             stages.train(chain)
 
-# %% ../nbs/43_cli.ipynb #977fb81d
+# %% ../nbs/43_cli.ipynb #98b845f2
 @dataclass
 class Evaluate:
     "The table and figures of a folder that `demo` or `train` has filled."
     out: Path = Path("runs/demo")  # folder of the run
+    tasks: str | None = None  # where the run's folder of tasks lies now, if it has moved
 
     def run(self) -> None:
         from hyperlatent import stages
 
         settings = load_config(self.out / stages.SETTINGS, Config)
+        if self.tasks: settings = replace(settings, tasks=self.tasks)
         with stages.opened(self.out, settings, progress=sys.stderr.isatty(), say=say) as chain:
             stages.finish(chain)
 
@@ -93,7 +96,7 @@ def say(line: str) -> None:
     "Print a line at once, also into a file or pipe."
     print(line, flush=True)
 
-# %% ../nbs/43_cli.ipynb #a663c8d2
+# %% ../nbs/43_cli.ipynb #3cbd5c73
 COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "train-clip": TrainClip}
 
 
@@ -101,11 +104,13 @@ def base_settings(arguments: Sequence[str]) -> Config:
     "Preset and file of a command line, before its single options. Raises `ConfigError` for a bad file."
     @dataclass
     class First:
+        preset: str | None = None
         quick: bool = False
         config: Path | None = None
 
     first, _ = tyro.cli(First, args=list(arguments), return_unknown_args=True, add_help=False)
-    settings = preset("scenes-quick" if first.quick else "scenes")
+    if first.quick and first.preset: raise ConfigError("--quick and --preset are both given", "Give one of them")
+    settings = preset("scenes-quick" if first.quick else first.preset or "scenes")
     if first.config is None: return settings
     load_config(first.config, Config)  # names what is wrong in the file
     return from_dict(Config, merged(to_dict(settings), json.loads(first.config.read_text(encoding="utf-8"))))
@@ -123,7 +128,7 @@ def parse(arguments: Sequence[str]):
         command = COMMANDS[arguments[0]]
         default = command(settings=base_settings(arguments[1:]))
         return tyro.cli(command, prog=f"hyperlatent {arguments[0]}", args=list(arguments[1:]), default=default)
-    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="hyperlatent", args=list(arguments))
+    return tyro.extras.subcommand_cli_from_dict({**COMMANDS}, prog="hyperlatent", args=list(arguments))
 
 # %% ../nbs/43_cli.ipynb #7bf208b8
 def main(arguments: Sequence[str] | None = None) -> int:
