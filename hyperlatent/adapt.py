@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .base import CLIPAdapter
+from .base import BaseNetwork
 from .errors import HyperLatentError
 from .tasks import TaskBatch
 
 # %% ../nbs/22_adapt.ipynb #54cc3263
 def support_gradient(
     generator: nn.Module,  # latents to weights
-    base: CLIPAdapter,
+    base: BaseNetwork,
     batch: TaskBatch,
     z: Float[Tensor, "task latent"],
     create_graph: bool = False,  # keep the graph, for second-order MAML
@@ -46,12 +46,12 @@ class Adam:
 
 # %% ../nbs/22_adapt.ipynb #ba023967
 @overload
-def adapt(generator: nn.Module, base: CLIPAdapter, batch: TaskBatch, *, record: tuple[()] = (), **options: Any) -> Tensor: ...
+def adapt(generator: nn.Module, base: BaseNetwork, batch: TaskBatch, *, record: tuple[()] = (), **options: Any) -> Tensor: ...
 @overload
-def adapt(generator: nn.Module, base: CLIPAdapter, batch: TaskBatch, *, record: Sequence[int], **options: Any) -> dict[int, Tensor]: ...
+def adapt(generator: nn.Module, base: BaseNetwork, batch: TaskBatch, *, record: Sequence[int], **options: Any) -> dict[int, Tensor]: ...
 def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     generator: nn.Module,  # has `z0` and maps latents to weights
-    base: CLIPAdapter,
+    base: BaseNetwork,
     batch: TaskBatch,  # its support samples are fitted
     *,
     steps: int = 10,  # inner steps

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapt import adapt
-from .base import CLIPAdapter
+from .base import BaseNetwork
 from .errors import ArtifactError
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .guide_training import sample, walk
@@ -55,7 +55,7 @@ def bootstrap_interval(values: Float[Tensor, "task"], resamples: int = 2000, see
 @dataclass
 class Models:
     "The trained chain."
-    base: CLIPAdapter
+    base: BaseNetwork
     mnet: nn.Module  # one weight vector for all tasks
     hnet: nn.Module  # latents to weights
     zoo: Zoo

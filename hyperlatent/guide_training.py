@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import CLIPAdapter
+from .base import BaseNetwork
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .hyperclip import HyperCLIP, info_nce
 from .hyperldm import Denoiser, diffusion_loss
@@ -31,7 +31,7 @@ def walk(guide: ClassifierGuidance, questions: Tensor, config: HyperCLIPConfig, 
 def train_hyperclip(
     zoo: Zoo,
     generator_network: nn.Module,  # frozen
-    base: CLIPAdapter,
+    base: BaseNetwork,
     validation: Sequence[TaskBatch],  # meta-validation tasks choose the moment; none: the last is kept
     config: HyperCLIPConfig,
     *,
@@ -73,7 +73,7 @@ def sample(guide: ClassifierFreeGuidance, questions: Tensor, config: HyperLDMCon
 def train_hyperldm(
     zoo: Zoo,
     generator_network: nn.Module,  # frozen
-    base: CLIPAdapter,
+    base: BaseNetwork,
     validation: Sequence[TaskBatch],  # meta-validation tasks choose the moment; none: the last is kept
     config: HyperLDMConfig,
     *,

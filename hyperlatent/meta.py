@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import DirectWeights, adapt
-from .base import CLIPAdapter
+from .base import BaseNetwork
 from .hypernet import HNet
 from .settings import AdaptConfig, GeneratorConfig, MultitaskConfig
-from .tasks import TaskBatch, TaskSet
+from .tasks import TaskBatch
+from .tensor_tasks import TaskSource
 from .training import FitResult, fit
 
 # %% ../nbs/23_meta.ipynb #e285e6ff
-def accuracy(generator: nn.Module, base: CLIPAdapter, batches: Sequence[TaskBatch], inner: AdaptConfig | None = None) -> float:
+def accuracy(generator: nn.Module, base: BaseNetwork, batches: Sequence[TaskBatch], inner: AdaptConfig | None = None) -> float:
     "Mean over the tasks of all batches of the query accuracy at the start `z0`, or adapted from there to the support samples."
     def scores(batch: TaskBatch) -> Tensor:
         z = adapt(generator, base, batch, **vars(inner)) if inner else generator.z0.expand(len(batch), -1)
@@ -29,15 +30,15 @@ def accuracy(generator: nn.Module, base: CLIPAdapter, batches: Sequence[TaskBatc
     with torch.no_grad(): return torch.cat([scores(batch) for batch in batches]).mean().item()
 
 
-def validation_batches(base: CLIPAdapter, tasks: TaskSet) -> list[TaskBatch]:
+def validation_batches(base: BaseNetwork, tasks: TaskSource) -> list[TaskBatch]:
     "All tasks, in batches that memory bears; none if there is no task, and then nothing is validated."
     return [batch for _, batch in tasks.batches(base.max_tasks)]
 
 # %% ../nbs/23_meta.ipynb #1f0967bc
 def train_multitask(
-    base: CLIPAdapter,
-    tasks: TaskSet,  # meta-train
-    validation: TaskSet,  # meta-validation, chooses the moment
+    base: BaseNetwork,
+    tasks: TaskSource,  # meta-train
+    validation: TaskSource,  # meta-validation, chooses the moment
     config: MultitaskConfig,
     *,
     seed: int = 0,
@@ -59,11 +60,9 @@ def train_multitask(
     return mnet, result
 
 
-def initial_weights(base: CLIPAdapter, scale: float, generator: torch.Generator) -> Tensor:
-    "Random first layer, second layer `scale` times random: with 0 the adapter starts as CLIP's zero-shot classifier."
-    weights = base.init(1, generator)[0]
-    weights[base.sizes[0] + base.sizes[1]:] *= scale
-    return weights
+def initial_weights(base: BaseNetwork, scale: float, generator: torch.Generator) -> Tensor:
+    "Random weights that act as little as `scale` says: with 0 the adapter starts as CLIP's zero-shot classifier."
+    return base.init(1, generator, scale)[0]
 
 # %% ../nbs/23_meta.ipynb #c314ca38
 class TaskLatents(nn.Module):
@@ -88,7 +87,7 @@ class TaskLatents(nn.Module):
         return self.hnet.z0 + keep.to(z.device) * z
 
 # %% ../nbs/23_meta.ipynb #f1b44342
-def auto_decoder_loss(model: TaskLatents, base: CLIPAdapter, tasks: TaskSet, config: GeneratorConfig,
+def auto_decoder_loss(model: TaskLatents, base: BaseNetwork, tasks: TaskSource, config: GeneratorConfig,
                       generator: torch.Generator) -> Tensor:
     "Loss of noisy task latents on samples of their tasks, plus the offsets' penalty."
     chosen = torch.randperm(len(tasks), generator=generator)[: config.fit.batch_size]
@@ -99,7 +98,7 @@ def auto_decoder_loss(model: TaskLatents, base: CLIPAdapter, tasks: TaskSet, con
     return (base.loss(model.hnet(z), samples, batch) + penalty).mean()
 
 
-def maml_loss(model: HNet, base: CLIPAdapter, tasks: TaskSet, config: GeneratorConfig, generator: torch.Generator) -> Tensor:
+def maml_loss(model: HNet, base: BaseNetwork, tasks: TaskSource, config: GeneratorConfig, generator: torch.Generator) -> Tensor:
     "Query loss after adaptation to the support samples; its gradient is that of (first-order) MAML."
     chosen = torch.randperm(len(tasks), generator=generator)[: config.fit.batch_size]
     batch = tasks.batch(chosen, num_support=config.samples_per_task, generator=generator)
@@ -112,9 +111,9 @@ def maml_loss(model: HNet, base: CLIPAdapter, tasks: TaskSet, config: GeneratorC
 
 # %% ../nbs/23_meta.ipynb #3e1b519b
 def train_hnet(
-    base: CLIPAdapter,
-    tasks: TaskSet,  # meta-train
-    validation: TaskSet,  # meta-validation: adapted latents choose the moment
+    base: BaseNetwork,
+    tasks: TaskSource,  # meta-train
+    validation: TaskSource,  # meta-validation: adapted latents choose the moment
     config: GeneratorConfig,
     *,
     seed: int = 0,

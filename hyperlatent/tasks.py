@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Samples', 'TaskBatch', 'TaskSet', 'chance', 'majority']
 
-# %% ../nbs/03_tasks.ipynb #fc772581
+# %% ../nbs/03_tasks.ipynb #b8056042
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .artifacts import Artifact, load_artifact, save_artifact
@@ -25,11 +25,11 @@ from .files import fingerprint
 from .questions import SPLITS, Task, check_tasks, number_images  # noqa: F401  they belong here too
 from .ragged import Runs, bad_rows, gather, random_ranks, text_key
 
-# %% ../nbs/03_tasks.ipynb #62f1f5cf
+# %% ../nbs/03_tasks.ipynb #b1717aec
 class Samples(NamedTuple):
-    "Labelled images of several tasks, padded to the longest."
-    features: Float[Tensor, "task sample dim"]  # image features, zero where padded
-    labels: Int[Tensor, "task sample"]  # the right answer's number within its task, zero where padded
+    "Labelled samples of several tasks, padded to the longest."
+    features: Float[Tensor, "task sample *input"]  # image features, or whatever the base network reads; zero where padded
+    labels: Shaped[Tensor, "task sample *target"]  # the right answer's number within its task (or real targets), zero where padded
     mask: Bool[Tensor, "task sample"]  # True where the sample is real
 
 

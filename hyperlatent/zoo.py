@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .adapt import adapt
-from .base import CLIPAdapter
+from .base import BaseNetwork
 from .settings import ZooConfig
-from .tasks import TaskSet
+from .tensor_tasks import TaskSource
 from .training import step_generator
 
 # %% ../nbs/24_zoo.ipynb #91aad1eb
@@ -53,8 +53,8 @@ class Zoo:
 # %% ../nbs/24_zoo.ipynb #f8ba5fb1
 def build_zoo(
     generator: nn.Module,  # a trained generator
-    base: CLIPAdapter,
-    tasks: TaskSet,  # meta-train
+    base: BaseNetwork,
+    tasks: TaskSource,  # meta-train
     config: ZooConfig,
     *,
     seed: int = 0,
@@ -83,8 +83,8 @@ def _adapt_chunk(generator, base, tasks, chunk, config, lots) -> Tensor:
 def zoo_health(
     zoo: Zoo,
     generator: nn.Module,
-    base: CLIPAdapter,
-    tasks: TaskSet,  # the zoo's tasks
+    base: BaseNetwork,
+    tasks: TaskSource,  # the zoo's tasks
 ) -> dict[str, float]:
     "Spread of latents within and between tasks (standard deviations, mean over dimensions), and query accuracy of a run."
     within = zoo.latents.std(0).mean().item() if len(zoo.latents) > 1 else 0.0

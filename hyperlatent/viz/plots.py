@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base import CLIPAdapter
+from ..base import BaseNetwork
 from ..errors import ArtifactError, HyperLatentError
 from ..files import written_whole
 from ..tasks import TaskBatch
@@ -92,7 +92,7 @@ def _name_lines(ax, lines: list[tuple[float, str, str]]):
 def accuracy_along(
     trajectory: Trajectory,
     generator: nn.Module,  # latents to weights
-    base: CLIPAdapter,
+    base: BaseNetwork,
     batch: TaskBatch,  # the trajectory's tasks, in its order; their query samples are answered
     max_rows: int = 512,  # weight vectors at once; bounds memory
 ) -> Float[Tensor, "step sample task"]:
