@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'FitConfig', 'AdaptConfig', 'ScenesConfig', 'BaseConfig', 'ClipTrainingConfig', 'MultitaskConfig',
-           'GeneratorConfig', 'ZooConfig', 'HyperCLIPConfig', 'HyperLDMConfig', 'EvaluateConfig', 'Config', 'preset']
+           'GeneratorConfig', 'ZooConfig', 'HVAEConfig', 'TextConfig', 'HyperCLIPConfig', 'HyperLDMConfig',
+           'EvaluateConfig', 'FewShotConfig', 'Config', 'preset']
 
 # %% ../nbs/02_settings.ipynb #60a79e06
 from dataclasses import dataclass, replace
@@ -64,11 +65,13 @@ class ClipTrainingConfig:
     fit: FitConfig = FitConfig(steps=6500, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98),
                                validate_every=650, checkpoint_every=325)
 
-# %% ../nbs/02_settings.ipynb #ad70fb9e
+# %% ../nbs/02_settings.ipynb #562180fa
 @dataclass(frozen=True)
 class MultitaskConfig:
     "MNet: one weight vector for all tasks."
+    method: Literal["multitask", "fomaml", "maml"] = "multitask"
     samples_per_task: int = 50
+    inner: AdaptConfig = AdaptConfig()  # fomaml, maml: the inner loop, on the weights themselves
     scale: float = 1.0  # of the second layer at the start; 0 starts as CLIP's zero-shot classifier
     fit: FitConfig = FitConfig(steps=10_000)
 
@@ -96,7 +99,33 @@ class ZooConfig:
     samples_per_task: int = 50  # a random subset of this many for each run; 0 takes all, and then all runs are equal
     inner: AdaptConfig = AdaptConfig(steps=50)  # the reference uses 10 or 50
 
-# %% ../nbs/02_settings.ipynb #de83f8cd
+
+@dataclass(frozen=True)
+class HVAEConfig:
+    "HVAE: the variational autoencoder of networks that were fine-tuned from MNet."
+    latent_dim: int = 128
+    hidden: tuple[int, ...] = (128, 128)
+    log_variance_offset: float = -1.0  # added to the encoder's log-variance
+    kl_weight: float = 1.0  # 1 is the evidence lower bound
+    task_weight: float = 0.0  # of the reconstructed networks' loss on samples of their tasks
+    samples_per_task: int = 50  # for that loss, per step
+    networks: ZooConfig = ZooConfig()  # how the networks are fine-tuned
+    fit: FitConfig = FitConfig(learning_rate=1e-4)
+
+# %% ../nbs/02_settings.ipynb #1b04ecbc
+@dataclass(frozen=True)
+class TextConfig:
+    "A baseline that makes weights from the question directly."
+    method: Literal["hypernetwork", "film"] = "hypernetwork"
+    hidden: tuple[int, ...] = (128, 128, 128)  # of the network that reads the question
+    output_scale: float = 1.0  # standard deviation of its output at first
+    dropout: float = 0.0
+    question_noise: float = 0.0  # on the question features, in training
+    random_wording: bool = True  # train on all seen wordings of a question, not on the first alone
+    samples_per_task: int = 50  # per step
+    fit: FitConfig = FitConfig(steps=27_000)
+
+# %% ../nbs/02_settings.ipynb #83a3369d
 @dataclass(frozen=True)
 class HyperCLIPConfig:
     "The contrastive encoder of weights, and the walk that it guides."
@@ -106,6 +135,9 @@ class HyperCLIPConfig:
     num_inference_steps: int = 50  # of the walk
     learning_rate: float = 0.1  # of the walk, Adam
     prior_weight: float = 0.01  # lambda: pull of the start
+    noise: float = 0.0  # Langevin noise, in units of sqrt(2 learning_rate)
+    cosine_step_size: bool = False  # let the step size fall to zero along a cosine
+    num_samples: int = 1  # walks per question, which differ by their noise; their networks vote
 
 
 @dataclass(frozen=True)
@@ -124,6 +156,8 @@ class HyperLDMConfig:
     num_inference_steps: int = 1000
     num_samples: int = 1  # latents per question; their networks vote
     guidance_scale: float = 1.5  # gamma for choosing the moment of training and for the shuffled control
+    guidance_rescale: float = 0.0  # from 0 to 1: how far the guided output's deviation is restored
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide here, in fractions of the timesteps
 
 
 @dataclass(frozen=True)
@@ -132,8 +166,19 @@ class EvaluateConfig:
     guidance_scales: tuple[float, ...] = (0.0, 1.0, 1.5, 4.0, 7.5, 15.0)  # gamma
     few_shot: AdaptConfig = AdaptConfig(steps=50)  # the reference adapts by up to 50 steps
     bootstrap: int = 2000  # resamplings of the tasks for the 95 % intervals
+    inner_steps: tuple[int, ...] = (0, 1, 5, 10, 50)  # after which meta-learned starts are scored
 
-# %% ../nbs/02_settings.ipynb #81b03026
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    "The curves over the number of examples n; besides `shots`, no example and all of them."
+    shots: tuple[int, ...] = (1, 2, 5, 10)  # examples of a task, not of each answer
+    draws: int = 3  # choices of the examples
+    inner: AdaptConfig = AdaptConfig(steps=50)
+    prior_weight: float = 0.0  # of half the squared distance to the start, divided by n: the fewer examples, the closer
+    support_scale: float = 0.1  # of the support loss's gradient in the diffusion, against the noise prediction's norm
+
+# %% ../nbs/02_settings.ipynb #d3e56bd7
 @dataclass(frozen=True)
 class Config:
     "Everything that can be set for one run of the chain."
@@ -145,10 +190,14 @@ class Config:
     base: BaseConfig = BaseConfig()
     multitask: MultitaskConfig = MultitaskConfig()
     hnet: GeneratorConfig = GeneratorConfig()
+    hvae: HVAEConfig = HVAEConfig()
+    text_hypernetwork: TextConfig = TextConfig()
+    text_film: TextConfig = TextConfig(method="film")
     zoo: ZooConfig = ZooConfig()
     hyperclip: HyperCLIPConfig = HyperCLIPConfig()
     hyperldm: HyperLDMConfig = HyperLDMConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    few_shot: FewShotConfig = FewShotConfig()
 
 # %% ../nbs/02_settings.ipynb #3621f2f3
 def preset(

@@ -7,7 +7,7 @@ __all__ = ['RESULTS', 'SETTINGS', 'FIGURES', 'Chain', 'Made', 'remove_checkpoint
            'load_multitask', 'load_zoo', 'train', 'load_models', 'evaluate', 'opened', 'make_accelerator', 'run',
            'finish', 'draw_trajectories']
 
-# %% ../nbs/42_stages.ipynb #d58d7430
+# %% ../nbs/42_stages.ipynb #bfec1208
 import os
 import textwrap
 import time
@@ -34,7 +34,7 @@ from .guide_training import sample, train_hyperclip, train_hyperldm, walk
 from .hyperclip import HyperCLIP
 from .hyperldm import Denoiser
 from .hypernet import HNet
-from .meta import train_hnet, train_multitask, validation_batches
+from .meta import train_hnet, train_mnet, validation_batches
 from .settings import Config
 from .tasks import TaskSet
 from .training import FitResult, Network
@@ -108,7 +108,7 @@ def load_tasks(
             raise TaskError(f"{config.tasks!r} has no {split} task", "Split its questions into meta-train and meta-test")
     return tasks
 
-# %% ../nbs/42_stages.ipynb #9b62c765
+# %% ../nbs/42_stages.ipynb #9661a4ed
 def made_network(model: nn.Module, result: FitResult, architecture: dict[str, Any]) -> Made:
     "A trained network as the content of a stage."
     remark = f"meta-validation accuracy {result.best_score:.1%} at step {result.best_step} of {result.steps}"
@@ -140,7 +140,7 @@ def load_zoo(artifact: Artifact, device: str | torch.device = "cpu") -> Zoo:
     "The adapted latents of a stage."
     return Zoo(**{name: x.to(device) for name, x in artifact.tensors.items()})
 
-# %% ../nbs/42_stages.ipynb #b12cc845
+# %% ../nbs/42_stages.ipynb #4080df65
 def train(chain: Chain) -> None:
     "All stages of training, in order."
     config, tasks, device = chain.config, chain.tasks, chain.accelerator.device
@@ -152,7 +152,7 @@ def train(chain: Chain) -> None:
     adapter = dict(dim=tasks.dim, **vars(config.base))
     base = CLIPAdapter(**adapter)
     chain.stage("multitask", ["base", "multitask"], made_from, lambda checkpoint: made_network(
-        *train_multitask(base, meta_train, validation, config.multitask, **options(checkpoint)), adapter))
+        *train_mnet(base, meta_train, validation, config.multitask, **options(checkpoint)), adapter))
 
     architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden)
     hnet = chain.stage("hnet", ["base", "hnet"], made_from, lambda checkpoint: made_network(
