@@ -6,9 +6,9 @@
 __all__ = ['film_weights', 'TextHypernet', 'TextFiLM', 'text_architecture', 'train_text_network', 'text_loss', 'text_accuracy',
            'LinearLatents', 'ridge', 'fit_ridge']
 
-# %% ../nbs/26_text_baselines.ipynb #e7823d70
+# %% ../nbs/26_text_baselines.ipynb #f755ddc3
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ def film_weights(
     w1 = (1 + scale)[..., None] * w1.view(base.hidden, base.dim)
     return torch.cat([w1.flatten(1), (1 + scale) * b1 + shift, rest.expand(len(scale), -1)], 1)
 
-# %% ../nbs/26_text_baselines.ipynb #d589079d
+# %% ../nbs/26_text_baselines.ipynb #0d9e843f
 class TextHypernet(nn.Module):
     "Question features -> weights of any base network: common weights plus what a multi-layer perceptron says."
 
@@ -57,7 +57,7 @@ class TextHypernet(nn.Module):
         self.register_buffer("question_mean", torch.zeros(question_dim))
         self.register_buffer("question_std", torch.tensor(1.0))
 
-    def fit_statistics(self, questions: Float[Tensor, "n question_dim"]) -> Self:
+    def fit_statistics(self, questions: Float[Tensor, "n question_dim"]) -> "TextHypernet":
         "Centre the questions and give them one common scale."
         self.question_mean.copy_(questions.mean(0))
         self.question_std.copy_((questions - self.question_mean).square().mean().sqrt().clamp_min(1e-8))
