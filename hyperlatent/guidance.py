@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['sample_seeds', 'guided_output', 'ClassifierFreeGuidance', 'ClassifierGuidance']
 
-# %% ../nbs/33_guidance.ipynb #00cb5aa4
+# %% ../nbs/33_guidance.ipynb #a7cbf81b
 import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .errors import HyperLatentError
+from .inference import for_inference
 from .schedulers import check_scheduler, check_steps, predicted_z0, set_timesteps
 from .trajectory import Trajectory
 
@@ -76,20 +76,7 @@ def _check_finite(z):
     if not z.isfinite().all():
         raise HyperLatentError("guidance led latents to NaN or infinity", "Lower guidance_scale or learning_rate")
 
-# %% ../nbs/33_guidance.ipynb #b1194e59
-@contextmanager
-def _evaluating(*modules: nn.Module):
-    "Without dropout, whatever mode the modules are in."
-    training = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for module, was in zip(modules, training, strict=True):
-            module.train(was)
-
-
+# %% ../nbs/33_guidance.ipynb #79ef6c44
 def _with_progress(items: Sequence[int], progress: bool) -> Iterable[int]:
     if not progress:
         return items
@@ -121,7 +108,7 @@ def _step_options(scheduler, eta, generators):
     options = dict(eta=eta, generator=generators)
     return {name: value for name, value in options.items() if name in accepted}
 
-# %% ../nbs/33_guidance.ipynb #8dd49adc
+# %% ../nbs/33_guidance.ipynb #9561f67a
 class ClassifierFreeGuidance:
     "Sample latents from HyperLDM, with the question's influence scaled (arXiv 2210.08942)."
     def __init__(self,
@@ -151,7 +138,7 @@ class ClassifierFreeGuidance:
         """All chains of all tasks at once. Outside `guidance_interval` the conditional model is sampled as it is.
 
         Raises `HyperLatentError` for shapes that do not fit, numbers out of range and latents that overflow."""
-        denoiser, scheduler = self.denoiser, copy.deepcopy(self.scheduler)  # schedulers keep state between their steps
+        denoiser, scheduler = for_inference(self.denoiser, packed=True), copy.deepcopy(self.scheduler)  # it keeps a state
         _check_number("guidance_scale", guidance_scale)
         _check_number("guidance_rescale", guidance_rescale, 0, 1)
         low, high = guidance_interval
@@ -165,19 +152,18 @@ class ClassifierFreeGuidance:
 
         z = _noise(generators, like=question.new_empty(denoiser.config["latent_dim"]))
         path, predictions = [z], []
-        with _evaluating(denoiser):
-            film_of_question = denoiser.embed_question(torch.cat([negative, question]))
-            film_of_time = denoiser.embed_time(torch.tensor(timesteps, device=question.device))
-            for step, t in enumerate(_with_progress(timesteps, progress)):
-                scale = guidance_scale if low <= t / scheduler.config.num_train_timesteps <= high else 1.0
-                film = film_of_question + film_of_time[step]
-                output = self._output(z.view(*seeds.shape, -1), film, scale, guidance_rescale).view_as(z)
-                predictions.append(predicted_z0(scheduler, output, t, z))
-                z = scheduler.step(output, t, z, **options).prev_sample
-                path.append(z)
-                if callback_on_step_end is not None:
-                    shown = (denoiser.unstandardize(latent).view(*seeds.shape, -1) for latent in (z, predictions[-1]))
-                    callback_on_step_end(step, t, *shown)
+        film_of_question = denoiser.embed_question(torch.cat([negative, question]))
+        film_of_time = denoiser.embed_time(torch.tensor(timesteps, device=question.device))
+        for step, t in enumerate(_with_progress(timesteps, progress)):
+            scale = guidance_scale if low <= t / scheduler.config.num_train_timesteps <= high else 1.0
+            film = film_of_question + film_of_time[step]
+            output = self._output(denoiser, z.view(*seeds.shape, -1), film, scale, guidance_rescale).view_as(z)
+            predictions.append(predicted_z0(scheduler, output, t, z))
+            z = scheduler.step(output, t, z, **options).prev_sample
+            path.append(z)
+            if callback_on_step_end is not None:
+                shown = (denoiser.unstandardize(latent).view(*seeds.shape, -1) for latent in (z, predictions[-1]))
+                callback_on_step_end(step, t, *shown)
         _check_finite(z)
         z, z0 = (denoiser.unstandardize(torch.stack(x)).unflatten(1, seeds.shape) for x in (path, predictions))
         return Trajectory(z, z0, torch.tensor(timesteps), seeds, "classifier-free", float(guidance_scale))
@@ -194,18 +180,19 @@ class ClassifierFreeGuidance:
                                    "Pass one row, or one for each question")
         return question, negative.expand_as(question)
 
-    def _output(self, z, film, scale, rescale):
+    @staticmethod
+    def _output(denoiser, z, film, scale, rescale):
         "The guided output for (sample, task, latent) latents, from those branches only that count."
         without, with_question = film.chunk(2)
         if scale == 1:
-            return self.denoiser.denoise(z, with_question).to(z)
+            return denoiser.denoise(z, with_question).to(z)
         if scale == 0 and not rescale:
-            return self.denoiser.denoise(z, without).to(z)
+            return denoiser.denoise(z, without).to(z)
         # one call for twice the rows costs less than two calls
-        without, with_question = self.denoiser.denoise(torch.cat([z, z], 1), film).to(z).chunk(2, dim=1)
+        without, with_question = denoiser.denoise(torch.cat([z, z], 1), film).to(z).chunk(2, dim=1)
         return guided_output(without, with_question, scale, rescale)
 
-# %% ../nbs/33_guidance.ipynb #68395cc9
+# %% ../nbs/33_guidance.ipynb #561dad8d
 class ClassifierGuidance:
     "Climb HyperCLIP's cosine between a question and the weights made from a latent (arXiv 2210.08942)."
     def __init__(self,
@@ -243,7 +230,8 @@ class ClassifierGuidance:
         for name, value in dict(learning_rate=learning_rate, prior_weight=prior_weight, noise=noise).items():
             _check_number(name, value, 0)
         # a caller's no_grad or inference_mode must not reach the gradient with respect to z
-        with _evaluating(self.hyperclip, self.generator_network), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            hyperclip, network = for_inference(self.hyperclip), for_inference(self.generator_network)
             z0 = self.generator_network.z0.detach().clone()
             dim = self.hyperclip.config["question_dim"]
             question = _check_features(question_features, dim, "question_features", z0).clone()
@@ -251,9 +239,11 @@ class ClassifierGuidance:
             generators = _generators(seeds)
             z = self._start(z0 if z is None else z, (*seeds.shape, len(z0))).to(z0).requires_grad_()
             optimizer = torch.optim.Adam([z], learning_rate)
+            encode, direction = hyperclip.of_latents(network), nn.functional.normalize(question, dim=-1)
+            score = lambda: (encode(z) * direction).sum(-1)
             path, scores = [z.detach().clone()], []
             for step in _with_progress(range(num_inference_steps), progress):
-                cosine = self.score(z, question)
+                cosine = score()
                 objective = cosine - prior_weight / 2 * (z - z0).square().sum(-1)
                 (gradient,) = torch.autograd.grad(objective.sum(), z)
                 z.grad = -gradient
@@ -267,7 +257,7 @@ class ClassifierGuidance:
                 scores.append(cosine.detach())
                 if callback_on_step_end is not None:
                     callback_on_step_end(step, step, path[-1], path[-2])
-            scores.append(self.score(z, question).detach())
+            scores.append(score().detach())
         _check_finite(z.detach())
         return Trajectory(torch.stack(path), torch.stack(path[:-1]), torch.arange(num_inference_steps), seeds,
                           "classifier", score=torch.stack(scores))

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['HyperCLIP', 'info_nce']
 
-# %% ../nbs/30_hyperclip.ipynb #dea4100b
-from collections.abc import Sequence
+# %% ../nbs/30_hyperclip.ipynb #8f49e91d
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/30_hyperclip.ipynb #54744f14
+# %% ../nbs/30_hyperclip.ipynb #103364e0
 class HyperCLIP(nn.Module):
     "Weight encoder: flat weight vectors to unit vectors in the question space (arXiv 2210.08942)."
     def __init__(self,
@@ -58,6 +58,22 @@ class HyperCLIP(nn.Module):
     ) -> Float[Tensor, "*batch"]:
         "Cosine between weights and questions, in [-1, 1]."
         return (self(weights) * F.normalize(question, dim=-1)).sum(-1)
+
+    @torch.no_grad()
+    def of_latents(self,
+        generator_network: nn.Module,  # latents to weights
+    ) -> Callable[[Tensor], Tensor]:
+        """`self(generator_network(z))` as a function of the latents `z`, for as long as neither network changes.
+
+        Where the generator ends in a linear layer (it has `trunk` and `readout`, as `HNet`), its product with the standardisation
+        and the first layer of this network, both linear too, is one small matrix: no weight vector is ever made."""
+        if not hasattr(generator_network, "readout"): return lambda z: self(generator_network(z))
+        first, last = self.layers[0], generator_network.readout
+        scaled = first.weight / self.weight_std
+        matrix = scaled @ last.weight  # (hidden of this network, hidden of the generator)
+        bias = first.bias - scaled @ self.weight_mean
+        if last.bias is not None: bias = bias + scaled @ last.bias
+        return lambda z: F.normalize(self.layers[1:](F.linear(generator_network.trunk(z), matrix, bias)), dim=-1)
 
 # %% ../nbs/30_hyperclip.ipynb #d3213a5f
 def info_nce(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# %% ../nbs/21_hypernet.ipynb #14a18afa
+# %% ../nbs/21_hypernet.ipynb #582036ac
 class HNet(nn.Module):
     """A hypernetwork: latent -> weights, with a learned start `z0` of every adaptation (section 3.1).
 
@@ -38,7 +38,16 @@ class HNet(nn.Module):
             with torch.no_grad(): layer.weight.normal_(0, gain / layer.in_features**0.5, generator=generator)
             nn.init.zeros_(layer.bias)
 
+    def trunk(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch unit"]:
+        "The last hidden layer, of which the weights are a linear function: `readout`."
+        for layer in self.layers[:-1]: z = layer(z).relu()
+        return z
+
+    @property
+    def readout(self) -> nn.Linear:
+        "The last layer, from `trunk`'s units to weights."
+        return self.layers[-1]
+
     def forward(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch weight"]:
         "The weights h(z)."
-        for layer in self.layers[:-1]: z = layer(z).relu()
-        return self.layers[-1](z)
+        return self.readout(self.trunk(z))

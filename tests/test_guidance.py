@@ -321,6 +321,24 @@ def test_a_chain_depends_on_its_seed_and_question_only(networks, name, options):
         assert torch.equal(many.z[0, 0, 1:], other.z[0, 0, :-1])
 
 
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmsolver++"])
+def test_the_sampler_is_the_plain_loop_of_diffusers(networks, name):
+    """One chain by the scheduler's own steps and the denoiser's own `forward`: what packing and batching may not change."""
+    denoiser, _, _, questions = networks
+    walk = ClassifierFreeGuidance(denoiser, name)(
+        questions[3], guidance_scale=2.5, seeds=torch.tensor([[8]]), num_inference_steps=20)
+    denoiser.eval()
+    scheduler, generator = denoiser.make_scheduler(name), torch.Generator().manual_seed(8)
+    scheduler.set_timesteps(20)
+    z = torch.randn((1, 6), generator=generator)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            none, asked = (denoiser(z, t, question) for question in (torch.zeros(1, 10), questions[3:4]))
+            options = dict(generator=generator) if name == "ddpm" else {}
+            z = scheduler.step(none + 2.5 * (asked - none), t, z, **options).prev_sample
+    torch.testing.assert_close(walk.final[0], denoiser.unstandardize(z), atol=1e-3, rtol=1e-3)
+
+
 def test_starts_do_not_depend_on_scheduler_scale_or_steps(networks):
     denoiser, _, _, questions = networks
     seeds = sample_seeds(4, torch.Generator().manual_seed(0), 7)
