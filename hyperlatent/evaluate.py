@@ -6,7 +6,7 @@
 __all__ = ['Row', 'bootstrap_interval', 'Models', 'unguided_rows', 'majority_scores', 'nearest_task_latents', 'guided_rows',
            'derangement', 'zero_shot_rows', 'in_order', 'results', 'table', 'read_results', 'seeds_table']
 
-# %% ../nbs/41_evaluate.ipynb #fd6e60cc
+# %% ../nbs/41_evaluate.ipynb #1a93f8ab
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ def bootstrap_interval(values: Float[Tensor, "task"], resamples: int = 2000, see
     low, high = values.cpu().float()[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
 
-# %% ../nbs/41_evaluate.ipynb #ebb74e42
+# %% ../nbs/41_evaluate.ipynb #b29fd402
 @dataclass
 class Models:
     "The trained chain."
@@ -90,7 +90,7 @@ def majority_scores(batch: TaskBatch) -> Float[Tensor, "task"]:
     right = (batch.query.labels == votes.sum(1).argmax(1)[:, None]) & batch.query.mask
     return right.sum(1) / batch.query.mask.sum(1)
 
-# %% ../nbs/41_evaluate.ipynb #abab05ab
+# %% ../nbs/41_evaluate.ipynb #d6d2a1fb
 def nearest_task_latents(models: Models, questions: Float[Tensor, "task question_dim"]) -> Float[Tensor, "task latent"]:
     "The mean zoo latent of the training task whose question is most similar."
     own = models.train.batch(num_support=1, num_query=1, generator=torch.Generator()).question_features
@@ -101,7 +101,8 @@ def nearest_task_latents(models: Models, questions: Float[Tensor, "task question
 def guided_rows(models: Models, batch: TaskBatch, shuffled: Float[Tensor, "task question_dim"], config: Config) -> list[Row]:
     "The rows with language: both guides, and the controls; `shuffled` are questions of other tasks."
     questions, seed = batch.question_features, config.seed
-    hyperclip = walk(ClassifierGuidance(models.hyperclip, models.hnet), questions, config.hyperclip).final
+    lots = torch.Generator().manual_seed(seed)
+    hyperclip = walk(ClassifierGuidance(models.hyperclip, models.hnet), questions, config.hyperclip, generator=lots).final
     rows = [Row("hyperclip", None, models.score_latents(hyperclip, batch))]
     guide = ClassifierFreeGuidance(models.denoiser, config.hyperldm.scheduler)
 

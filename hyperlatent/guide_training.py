@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['walk', 'train_hyperclip', 'sample', 'train_hyperldm', 'blurred']
 
-# %% ../nbs/35_guide_training.ipynb #678b8598
+# %% ../nbs/35_guide_training.ipynb #649dd433
 from collections.abc import Sequence
 
 import torch
@@ -21,11 +21,13 @@ from .tasks import TaskBatch
 from .training import FitResult, fit
 from .zoo import Zoo
 
-# %% ../nbs/35_guide_training.ipynb #3a657f99
+# %% ../nbs/35_guide_training.ipynb #f2ecc68f
 def walk(guide: ClassifierGuidance, questions: Tensor, config: HyperCLIPConfig, **options):
     "The guided walk from the generator's start with the settings of `config`, as a `Trajectory`."
-    return guide(questions, num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
-                 prior_weight=config.prior_weight, **options)
+    settings = dict(num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
+                    prior_weight=config.prior_weight, noise=config.noise, cosine_step_size=config.cosine_step_size,
+                    num_samples=config.num_samples)
+    return guide(questions, **(settings | options))
 
 
 def train_hyperclip(
@@ -52,8 +54,9 @@ def train_hyperclip(
         return info_nce(model, weights, questions)
 
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
-        z = walk(ClassifierGuidance(model, generator_network), batch.question_features, config).final[0]
-        return base.accuracy(generator_network(z), batch.query, batch)
+        lots = torch.Generator().manual_seed(0)
+        z = walk(ClassifierGuidance(model, generator_network), batch.question_features, config, generator=lots).final
+        return base.ensemble_accuracy(generator_network(z), batch.query, batch)
 
     return model, fit(model, loss, config.fit, validate=_mean_score(score, validation), seed=seed, description="HyperCLIP", **options)
 
@@ -62,11 +65,12 @@ def _mean_score(score, batches: Sequence[TaskBatch]):
     "A validation for `fit`: the mean over all tasks of `score(model, batch)`; None if there is nothing to validate on."
     return (lambda model: torch.cat([score(model, batch) for batch in batches]).mean().item()) if batches else None
 
-# %% ../nbs/35_guide_training.ipynb #5c51c507
+# %% ../nbs/35_guide_training.ipynb #86269dcb
 def sample(guide: ClassifierFreeGuidance, questions: Tensor, config: HyperLDMConfig, **options):
     "Guided samples with the settings of `config`, unless an option says otherwise, as a `Trajectory`."
     settings = dict(guidance_scale=config.guidance_scale, num_samples=config.num_samples,
-                    num_inference_steps=config.num_inference_steps)
+                    num_inference_steps=config.num_inference_steps, guidance_rescale=config.guidance_rescale,
+                    guidance_interval=tuple(config.guidance_interval))
     return guide(questions, **(settings | options))
 
 
