@@ -6,7 +6,7 @@
 __all__ = ['Settings', 'COMMANDS', 'Demo', 'Train', 'Evaluate', 'TrainClip', 'Table', 'say', 'base_settings', 'merged', 'parse',
            'main']
 
-# %% ../nbs/43_cli.ipynb #0b79b5f4
+# %% ../nbs/43_cli.ipynb #3cc7445d
 import json
 import os
 import sys
@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .commands.data import Prepare
+from .commands.folder import Rehearse
 from .config import from_dict, load_config, to_dict
 from .errors import ConfigError, HyperLatentError
 from .settings import ClipTrainingConfig, Config, preset
@@ -96,8 +97,9 @@ def say(line: str) -> None:
     "Print a line at once, also into a file or pipe."
     print(line, flush=True)
 
-# %% ../nbs/43_cli.ipynb #3cbd5c73
-COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "train-clip": TrainClip}
+# %% ../nbs/43_cli.ipynb #8d81f5cb
+COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "rehearse": Rehearse,
+            "train-clip": TrainClip}
 
 
 def base_settings(arguments: Sequence[str]) -> Config:

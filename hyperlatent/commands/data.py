@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'Scenes', 'MetaVQA', 'Prepare']
 
-# %% ../../nbs/43_commands_data.ipynb #a46ff9c5
+# %% ../../nbs/43_commands_data.ipynb #88ebeabc
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from .folder import Folder, RehearsalTasks
 from ..errors import ConfigError
 from ..settings import ScenesConfig
 
@@ -56,8 +57,9 @@ class MetaVQA:
         if not self.split_only: save_named_tasks(self.out, tasks)
         print(f"{len(split[0])} meta-train and {len(split[1])} meta-test tasks about {len(picture_names(tasks))} pictures: {self.out}")
 
-# %% ../../nbs/43_commands_data.ipynb #8bf4df64
-Source = Annotated[Scenes, tyro.conf.subcommand("scenes")] | Annotated[MetaVQA, tyro.conf.subcommand("metavqa")]
+# %% ../../nbs/43_commands_data.ipynb #9ff1b41b
+Source = (Annotated[Scenes, tyro.conf.subcommand("scenes")] | Annotated[MetaVQA, tyro.conf.subcommand("metavqa")]
+          | Annotated[Folder, tyro.conf.subcommand("folder")] | Annotated[RehearsalTasks, tyro.conf.subcommand("rehearsal")])
 
 
 @dataclass

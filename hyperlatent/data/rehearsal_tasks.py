@@ -64,7 +64,7 @@ def made_up_tasks(
                           tuple(samples[cut:]), kind, split))
     return tasks
 
-# %% ../../nbs/18_rehearsal_tasks.ipynb #5035bfec
+# %% ../../nbs/18_rehearsal_tasks.ipynb #d856eb92
 def text_features(
     texts: Sequence[str],
     dim: int = 768,
@@ -82,7 +82,7 @@ def text_features(
 def stand_in_features(
     tasks: Sequence[Task],  # pictures by name or number
     dim: int = 768,  # as ViT-L/14@336px has
-    noise: float = 1.0,  # its norm, against 1 for each answer
+    noise: float = 2.5,  # its norm, against 1 for each answer
     seed: int = 0,
 ) -> TaskSet:
     "The tasks with one feature per picture and text; those of pictures in half precision, as they would be stored."

@@ -99,7 +99,7 @@ def _check_header(header: list[str]) -> Iterator[Fault]:
     yield from (Fault(1, f"unknown column {name!r}; {_nearest(name)}") for name in header if name not in COLUMNS)
     yield from (Fault(1, f"there is no column {name!r}") for name in REQUIRED if name not in header)
 
-# %% ../../nbs/19_table.ipynb #89f62cb8
+# %% ../../nbs/19_table.ipynb #69cfd2ac
 def _read_jsonl(text: str) -> Found:
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip(): continue
@@ -112,11 +112,12 @@ def _read_jsonl(text: str) -> Found:
 
 
 def _read_parquet(content: bytes) -> Found:
-    try: import pyarrow.parquet
+    try:
+        from pyarrow import ArrowException, parquet
     except ImportError as e:
         raise TaskError("reading Parquet needs pyarrow", "Install it: pip install pyarrow; or save the table as CSV") from e
-    try: records = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as e:
+    try: records = parquet.read_table(io.BytesIO(content)).to_pylist()
+    except (ArrowException, OSError, ValueError) as e:
         return (yield Fault(1, f"no valid Parquet: {e}"))
     yield from ((row, {k: v for k, v in record.items() if v is not None}) for row, record in enumerate(records, 1))
 
