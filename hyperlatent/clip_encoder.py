@@ -24,7 +24,7 @@ from .clip_contract import CLIPContract
 from .errors import EncoderError
 from .files import fingerprint
 
-# %% ../nbs/10_clip_encoder.ipynb #2dbe80ba
+# %% ../nbs/10_clip_encoder.ipynb #0dd7aa30
 class Preprocessing:
     "open_clip's transform in two halves: resizing one by one, normalising by the batch and on the model's device."
 
@@ -44,15 +44,18 @@ class Preprocessing:
     def resize(self, picture: Any) -> UInt8[Tensor, "3 height width"]:
         "One picture in the model's size. Raises `EncoderError` for what is not a picture."
         from PIL import Image
-        from torchvision.transforms.functional import pil_to_tensor
 
-        try:
-            resized = _as_pil(picture)
-            for step in self.steps: resized = step(resized)
-            return pil_to_tensor(resized)
+        try: return self.transform(_as_pil(picture))
         except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as e:  # of damaged files
             what = repr(os.fspath(picture)) if isinstance(picture, str | os.PathLike) else f"of {type(picture)}"
             raise EncoderError(f"cannot read picture {what}: {e}", "Replace it, or leave it out") from e
+
+    def transform(self, picture: Any) -> UInt8[Tensor, "3 height width"]:
+        "A PIL image in the model's size."
+        from torchvision.transforms.functional import pil_to_tensor
+
+        for step in self.steps: picture = step(picture)
+        return pil_to_tensor(picture)
 
     def batches(self, pictures: Tensor | Sequence, size: int) -> Iterator[UInt8[Tensor, "picture 3 height width"]]:
         "All pictures in the model's size; a batch is read while the model works on the one before."
@@ -91,7 +94,7 @@ def _bytes(picture):
     if kind == "uint8": return picture
     raise EncoderError(f"a picture is made of {kind}", "Give bytes (uint8, from 0 to 255), a PIL image or a file")
 
-# %% ../nbs/10_clip_encoder.ipynb #f859ba64
+# %% ../nbs/10_clip_encoder.ipynb #4f4ed6b3
 PADDING, UNKNOWN = 0, 1
 
 
