@@ -50,7 +50,7 @@ def sentence_settings(folder: Path) -> dict[str, Any]:
         raise EncoderError(f"{str(folder)!r} pools by {' and '.join(modes)}", "Choose a sentence encoder with mean, cls or lasttoken")
     return {"pooling": (modes or ["mean"])[0], "max_length": read("sentence_bert_config.json").get("max_seq_length")}
 
-# %% ../nbs/10_sentence_encoder.ipynb #1c24938a
+# %% ../nbs/10_sentence_encoder.ipynb #0b40655e
 @dataclass(frozen=True)
 class SentenceContract(Contract):
     "What features of questions depend on."
@@ -103,8 +103,9 @@ def load_sentence_encoder(
     try:
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=_FILES))
         settings = sentence_settings(folder)
-        encoder_only = not getattr(AutoConfig.from_pretrained(folder), "is_encoder_decoder", False)  # of T5 we need one half
-        kind = AutoModel if encoder_only else AutoModelForTextEncoding
+        config = AutoConfig.from_pretrained(folder)
+        halved = config.is_encoder_decoder or "t5" in config.model_type  # of these we need one half
+        kind = AutoModelForTextEncoding if halved else AutoModel
         model = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except EncoderError:
