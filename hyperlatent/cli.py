@@ -17,12 +17,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-<<<<<<< HEAD
-from .commands.data import Prepare
-from .commands.folder import Rehearse
-=======
 from .commands.data import Encoders, Prepare
->>>>>>> 9006540 (Models of transformers for pictures, prompts and questions; the list of encoders that need no download)
+from .commands.folder import Rehearse
 from .config import from_dict, load_config, to_dict
 from .errors import ConfigError, HyperLatentError
 from .settings import ClipTrainingConfig, Config, preset
@@ -101,15 +97,9 @@ def say(line: str) -> None:
     "Print a line at once, also into a file or pipe."
     print(line, flush=True)
 
-<<<<<<< HEAD
 # %% ../nbs/43_cli.ipynb #8d81f5cb
 COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "rehearse": Rehearse,
-            "train-clip": TrainClip}
-=======
-# %% ../nbs/43_cli.ipynb #3cbd5c73
-COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare,
             "encoders": Encoders, "train-clip": TrainClip}
->>>>>>> 9006540 (Models of transformers for pictures, prompts and questions; the list of encoders that need no download)
 
 
 def base_settings(arguments: Sequence[str]) -> Config:
