@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['support_gradient', 'Adam', 'adapt', 'DirectWeights']
 
-# %% ../nbs/22_adapt.ipynb #7400d0ee
+# %% ../nbs/22_adapt.ipynb #62f760cd
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -17,7 +17,7 @@ from .base import BaseNetwork
 from .errors import HyperLatentError
 from .tasks import TaskBatch
 
-# %% ../nbs/22_adapt.ipynb #54cc3263
+# %% ../nbs/22_adapt.ipynb #0c02b743
 def support_gradient(
     generator: nn.Module,  # latents to weights
     base: BaseNetwork,
@@ -44,7 +44,7 @@ class Adam:
         self.square = b * self.square + (1 - b) * gradient.square()
         return self.mean / (1 - a**self.steps) / ((self.square / (1 - b**self.steps)).sqrt() + 1e-8)
 
-# %% ../nbs/22_adapt.ipynb #ba023967
+# %% ../nbs/22_adapt.ipynb #939c8bda
 @overload
 def adapt(generator: nn.Module, base: BaseNetwork, batch: TaskBatch, *, record: tuple[()] = (), **options: Any) -> Tensor: ...
 @overload
@@ -57,7 +57,7 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     steps: int = 10,  # inner steps
     learning_rate: float = 0.1,  # of each step
     optimizer: str = "sgd",  # or "adam"
-    prior_weight: float = 0.0,  # of half the squared distance to the start
+    prior_weight: float | Float[Tensor, "task 1"] = 0.0,  # of half the squared distance to the start
     start: Float[Tensor, "task latent"] | None = None,  # by default `generator.z0` for every task
     record: Sequence[int] = (),  # steps after which the latents are returned too
     create_graph: bool = False,  # differentiate through the loop (second-order MAML)

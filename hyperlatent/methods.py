@@ -56,9 +56,9 @@ def text_rows(models: Models, networks: Mapping[str, nn.Module], batch: TaskBatc
         rows.append(Row(name, None, models.score(made, batch) if weights else models.score_latents(made[None], batch)))
     return rows
 
-# %% ../nbs/41_methods.ipynb #98449e92
+# %% ../nbs/41_methods.ipynb #26fb678e
 WALKS: dict[str, dict] = {
-    "hyperclip": {}, "hyperclip_no_prior": dict(prior_weight=0.0), "hyperclip_cosine": dict(cosine_step_size=True),
+    "hyperclip_no_prior": dict(prior_weight=0.0), "hyperclip_cosine": dict(cosine_step_size=True),
     "hyperclip_langevin": dict(noise=0.01, num_samples=4), "hyperclip_half": dict(steps=0.5), "hyperclip_double": dict(steps=2.0)}
 
 

@@ -1,0 +1,100 @@
+"""Either generator carries the whole chain: guides, rows, evidence and n-shot curves do not know which one they walk."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hyperlatent.adapt import DirectWeights
+from hyperlatent.base import CLIPAdapter, random_tasks
+from hyperlatent.evaluate import Models, zero_shot_rows
+from hyperlatent.evidence import control_questions, control_rows, inference_rows, question_ranks, wording_row
+from hyperlatent.few_shot import few_shot_rows
+from hyperlatent.guide_training import train_hyperclip, train_hyperldm
+from hyperlatent.hvae import HVAE, encode_zoo, kl_divergence, train_hvae
+from hyperlatent.latent_health import health_report, memorisation
+from hyperlatent.meta import initial_weights, train_hnet, validation_batches
+from hyperlatent.methods import ensemble_rows, guidance_rows, neighbours_of_kind, rows_of, sampled_latents, walk_rows
+from hyperlatent.settings import AdaptConfig, FewShotConfig, FitConfig, HVAEConfig, ZooConfig, preset
+from hyperlatent.zoo import build_zoo
+
+INNER = AdaptConfig(steps=5, learning_rate=0.05, optimizer="adam")
+FIT = FitConfig(steps=6, batch_size=8, validate_every=3, warmup=1)
+NETWORKS = ZooConfig(runs=2, samples_per_task=15, inner=INNER)
+
+
+def tiny(config):
+    hyperclip = replace(config.hyperclip, hidden=(16,), num_inference_steps=3, fit=FIT)
+    hyperldm = replace(config.hyperldm, hidden=16, blocks=1, num_inference_steps=5, num_samples=2, fit=FIT)
+    evaluate = replace(config.evaluate, guidance_scales=(0.0, 1.5), few_shot=INNER)
+    few_shot = FewShotConfig(shots=(2,), draws=2, inner=INNER, prior_weight=0.1)
+    hnet = replace(config.hnet, latent_dim=6, hidden=(16,), inner=INNER, fit=FIT)
+    return replace(config, hyperclip=hyperclip, hyperldm=hyperldm, evaluate=evaluate, few_shot=few_shot, hnet=hnet)
+
+
+@pytest.fixture(scope="module", params=["hnet", "hvae"])
+def chain(request):
+    lots, config = torch.Generator().manual_seed(0), tiny(preset("scenes"))
+    train, held_out, unseen = (random_tasks(12, 16, lots, split) for split in ("meta-train", "meta-validation", "meta-test"))
+    base = CLIPAdapter(16, hidden=8, logit_scale=10.0)
+    mnet = DirectWeights(initial_weights(base, 0.1, lots))
+    if request.param == "hvae":
+        settings = HVAEConfig(latent_dim=6, hidden=(16,), samples_per_task=10, task_weight=0.5, networks=NETWORKS, fit=FIT)
+        generator, _, zoo = train_hvae(mnet, base, train, held_out, settings, progress=False)
+    else:
+        generator, _ = train_hnet(base, train, held_out, config.hnet, progress=False)
+        zoo = build_zoo(generator, base, train, NETWORKS, progress=False)
+    generator.requires_grad_(False)
+    batches = validation_batches(base, held_out)
+    hyperclip, _ = train_hyperclip(zoo, generator, base, batches, config.hyperclip, progress=False)
+    denoiser, _ = train_hyperldm(zoo, generator, base, batches, config.hyperldm, progress=False)
+    return Models(base, mnet, generator, zoo, hyperclip, denoiser, train), unseen, batches, config
+
+
+def test_every_row_on_either_generator(chain):
+    models, tasks, batches, config = chain
+    negative = tasks.batch().question_features[neighbours_of_kind(tasks.kinds)]
+    rows = zero_shot_rows(models, tasks, config) + few_shot_rows(models, tasks, config)
+    rows += rows_of(tasks, models.base, lambda batch, at: walk_rows(models, batch, config) + ensemble_rows(models, batch, config, (2,))
+                    + guidance_rows(models, batch, negative[at], config), samples=2)
+    rows += inference_rows(question_ranks(models, tasks, config))
+    names = [(row.method, row.guidance_scale) for row in rows]
+    assert len(names) == len(set(names))
+    for row in rows:
+        assert row.per_task.shape == (12,) and ((0 <= row.per_task) & (row.per_task <= 1)).all(), row.method
+
+
+def test_evidence_changes_nothing_but_the_question(chain):
+    models, tasks, _, config = chain
+    score = lambda batch: models.score_latents(sampled_latents(models, batch.question_features, config), batch)
+    encode = lambda texts: torch.randn(len(texts), 16, generator=torch.Generator().manual_seed(len(texts)))
+    batch = tasks.batch()
+    controls = control_questions(tasks, encode, torch.Generator().manual_seed(0), mask=lambda kind: "what is it?")
+    own, *others = control_rows("hyperldm", score, batch, controls | {"same": batch.question_features})
+    assert torch.equal(own.per_task, others[-1].per_task)
+    assert sorted(controls["shuffled"].sum(1).tolist()) == sorted(batch.question_features.sum(1).tolist())
+    assert not (controls["shuffled"] == batch.question_features).all(1).any()
+    first = tasks.subset([i for i, task in enumerate(tasks.tasks) if not task.paraphrases])  # whose only wording is the question
+    assert torch.allclose(wording_row("hyperldm", score, first, unseen=False).per_task, score(first.batch()))
+
+
+def test_health_and_memorisation(chain):
+    models, tasks, batches, config = chain
+    networks = build_zoo(models.mnet, models.base, models.train, NETWORKS, progress=False)
+    report = health_report(models.zoo, models.hnet, INNER, models.mnet, INNER, models.base, models.train, batches, networks)
+    assert 0 <= report["share_within"] <= 1 and ("collapsed" in report) == isinstance(models.hnet, HVAE)
+    z = sampled_latents(models, tasks.batch().question_features, config)
+    assert memorisation(models.zoo.latents[0], z[0], models.zoo)["generated"] == 0  # the zoo itself is recited perfectly
+
+
+def test_latents_drawn_from_the_encoder_have_its_mean_and_variance():
+    lots = torch.Generator().manual_seed(0)
+    model, networks = HVAE(50, latent_dim=3, hidden=(8,), generator=lots), torch.randn(1, 4, 50, generator=lots)
+    zoo = lambda g: encode_zoo(model, build(networks), g).latents
+    from hyperlatent.zoo import Zoo
+    build = lambda latents: Zoo(latents, torch.zeros(4, 1), torch.arange(4))
+    draws = torch.stack([zoo(torch.Generator().manual_seed(i)) for i in range(2000)])
+    mean, log_variance = model.encode(networks)
+    assert torch.allclose(zoo(None), mean, atol=1e-5) and torch.allclose(draws.mean(0), mean, atol=0.1)
+    assert torch.allclose(draws.var(0), log_variance.exp(), rtol=0.2)
+    assert (kl_divergence(torch.zeros(3), torch.zeros(3)) == 0).all()
