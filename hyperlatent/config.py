@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['to_dict', 'from_dict', 'load_config']
 
-# %% ../nbs/02_config.ipynb #11f27c9b
+# %% ../nbs/02_config.ipynb #9efb4aa7
 import dataclasses
 import difflib
 import functools
-import json
 import os
+import stat
 import types
 import typing
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .strict_json import parse_json
 
-# %% ../nbs/02_config.ipynb #3bf85090
+# %% ../nbs/02_config.ipynb #61159248
 def to_dict(
     cfg: Any,  # a dataclass instance, possibly with dataclasses inside
 ) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def to_dict(
 
     return dataclasses.asdict(cfg, dict_factory=lambda items: {k: plain(v) for k, v in items})
 
-# %% ../nbs/02_config.ipynb #54d7c99f
+# %% ../nbs/02_config.ipynb #a03bbd2b
 def _convert(kind, value, where):
     "`value` as type `kind`; raises `_Mismatch` with the dotted name of the innermost field that does not fit."
     origin, args = _parts(kind)
@@ -43,7 +44,7 @@ def _convert(kind, value, where):
         return {k: _convert((args or (str, Any))[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is Any or (kind is types.NoneType and value is None) or type(value) is kind:
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     raise _Mismatch(where, value, kind)
 
@@ -73,7 +74,7 @@ def _convert_sequence(kind, origin, args, value, where):
         raise _Mismatch(where, value, kind)
     return origin(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args or value, value, strict=True)))
 
-# %% ../nbs/02_config.ipynb #1c540f37
+# %% ../nbs/02_config.ipynb #5834aca7
 class _Unknown(Exception):
     pass
 
@@ -139,21 +140,17 @@ def _readable(kind):
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
 
-# %% ../nbs/02_config.ipynb #f2c770d1
+# %% ../nbs/02_config.ipynb #8f4356f3
 def load_config(
     path: str | os.PathLike,  # a JSON file that holds what differs from the defaults
     cls: type,  # the dataclass to build
 ) -> Any:  # an instance of `cls`
     "Read settings. Raises `ConfigError` for a missing file, invalid JSON, an unknown name or a wrong type."
     try:
-        with open(path, encoding="utf-8") as f:
-            values = json.load(f, parse_constant=_no_constant)
+        if not stat.S_ISREG(os.stat(path).st_mode): raise OSError(0, "it is no file")  # a pipe would never end
+        with open(path, "rb") as f: values = parse_json(f.read(2**24))
     except OSError as e:
         raise ConfigError(f"cannot read {os.fspath(path)!r}: {e.strerror}", "Check the path") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise ConfigError(f"{os.fspath(path)!r} is not valid JSON: {e}", "Correct it") from e
     return from_dict(cls, values, source=repr(os.fspath(path)))
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is not a number")

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['fingerprint_file', 'explain_os_errors', 'fingerprint', 'to_json', 'plain', 'written_whole', 'remove_stale',
-           'write_json', 'write_tensors', 'untied']
+           'being_replaced', 'write_json', 'write_tensors', 'untied', 'check_file', 'check_inside', 'read_json',
+           'largest_file']
 
-# %% ../nbs/00_files.ipynb #d6e31546
+# %% ../nbs/00_files.ipynb #9aed8c63
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import ArtifactError
+from .strict_json import parse_json
 
 # %% ../nbs/00_files.ipynb #668f4d03
 def fingerprint_file(path: str | Path) -> str:
@@ -43,7 +47,7 @@ def explain_os_errors(verb: str, path: str | Path):  # "read" or "write"
                   "Free some space or choose a folder that you may write to")
         raise ArtifactError(f"cannot {verb} {os.fspath(path)!r}: {getattr(e, 'strerror', None) or e}", remedy) from e
 
-# %% ../nbs/00_files.ipynb #24736925
+# %% ../nbs/00_files.ipynb #b5c648d4
 def fingerprint(
     obj: Any,  # a nest of dictionaries, lists, JSON values, paths, dataclasses and tensors
 ) -> str:
@@ -84,7 +88,7 @@ def _hashed(obj):
     memory = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # no copy unless it is needed
     return {"shape": list(obj.shape), "dtype": str(obj.dtype), "sha256": hashlib.sha256(memory.data).hexdigest()}
 
-# %% ../nbs/00_files.ipynb #9d6a342a
+# %% ../nbs/00_files.ipynb #a3658632
 @contextmanager
 def written_whole(
     path: str | Path,  # a file, or a folder, to write or to replace
@@ -106,17 +110,22 @@ def written_whole(
 
 
 def _move(temporary, path):
-    if not (temporary.is_dir() and path.is_dir()):
-        return os.replace(temporary, path)
-    old = _hidden_sibling(path, "old")
-    try:
-        os.rename(path, old)
-        os.rename(temporary, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.rename(old, path)
-        raise
-    _remove(old)
+    "Put `temporary` at `path`. Where a folder gives way to a folder it takes two steps, and another writer may be quicker at either."
+    taken = (errno.ENOTEMPTY, errno.EEXIST)
+    while temporary.is_dir():
+        old = _hidden_sibling(path, "old")
+        try:
+            if path.is_dir():
+                with suppress(FileNotFoundError): os.rename(path, old)
+                os.rename(temporary, path)
+            else:
+                os.replace(temporary, path)
+            return _remove(old)
+        except BaseException as e:
+            if old.exists() and not path.exists(): os.rename(old, path)
+            if getattr(e, "errno", None) not in taken: raise
+            _remove(old)
+    os.replace(temporary, path)
 
 
 def _force_to_disk(path):
@@ -131,7 +140,7 @@ def _force_to_disk(path):
 def _remove(path):
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
-# %% ../nbs/00_files.ipynb #c5d9a4a5
+# %% ../nbs/00_files.ipynb #66c4efa8
 def _hidden_sibling(path, ending):
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}.{ending}")
 
@@ -143,8 +152,14 @@ def remove_stale(
     "Remove temporaries that writers of `path` left behind at least `age` seconds ago."
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
     for p in path.parent.iterdir():
-        if ours.fullmatch(p.name) and time.time() - p.lstat().st_mtime > age:
-            _remove(p)
+        with suppress(FileNotFoundError):  # another writer has just finished with it
+            if ours.fullmatch(p.name) and time.time() - p.lstat().st_mtime > age: _remove(p)
+
+# %% ../nbs/00_files.ipynb #bdced894
+def being_replaced(path: Path) -> bool:
+    "Whether a writer has moved the folder at `path` away, to put another in its place at once."
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
+    return path.parent.is_dir() and any(ours.fullmatch(p.name) for p in path.parent.iterdir())
 
 # %% ../nbs/00_files.ipynb #ac1bbcf3
 def write_json(path: str | Path, obj: Any):
@@ -168,3 +183,39 @@ def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[name] = x.clone() if x.untyped_storage().data_ptr() in seen else x
         seen.add(apart[name].untyped_storage().data_ptr())
     return apart
+
+# %% ../nbs/00_files.ipynb #d574b7d1
+def check_file(
+    path: str | Path,
+    limit: int | None = None,  # bytes
+):
+    "Raise `ArtifactError` unless `path` is a file that can be read whole."
+    path = Path(path)
+    with explain_os_errors("read", path): status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{os.fspath(path)!r} is no file", "Check the path")
+    if limit is not None and status.st_size > limit:
+        raise ArtifactError(f"{os.fspath(path)!r} has {status.st_size} bytes, and no more than {limit} are read",
+                            "Check the path; if the file is right, load it on a larger machine")
+
+
+def check_inside(folder: Path, name: str):
+    "Raise `ArtifactError` if the file of this name in a folder lies somewhere else."
+    with explain_os_errors("read", folder): home, file = folder.resolve(strict=True), (folder / name).resolve()
+    blobs = [parent.parent / "blobs" for parent in folder.absolute().parents if parent.name == "snapshots"]
+    if not any(file.is_relative_to(place) for place in [home, *blobs]):
+        raise ArtifactError(f"{os.fspath(folder / name)!r} is a link that leads out of its folder", "Copy the file itself to its place")
+
+
+def read_json(path: str | Path, limit: int = 2**28) -> Any:
+    "The value in a JSON file. Raises `ArtifactError` if it cannot be read, is too large (in bytes), or is no strict JSON."
+    check_file(path, limit)
+    try:
+        with explain_os_errors("read", path): return parse_json(Path(path).read_bytes())
+    except ValueError as e:
+        raise ArtifactError(f"{os.fspath(path)!r} is not valid JSON: {e}", "Delete it, or its folder, and make it again") from e
+
+
+def largest_file() -> int:
+    "Bytes of this machine's memory: a larger file of tensors cannot be loaded, whatever its header promises."
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63

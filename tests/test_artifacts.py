@@ -46,6 +46,7 @@ def sign(folder, **changes):
     for name in description["files"]:
         if (folder / name).is_file():
             description["files"][name] = fingerprint_file(folder / name)
+    description["fingerprint"] = fingerprint([description[key] for key in ("kind", "config", "files")])
     description.pop("checksum")
     description["checksum"] = fingerprint(description)
     path.write_text(json.dumps(description))
