@@ -7,7 +7,6 @@ __all__ = ['Row', 'bootstrap_interval', 'Models', 'unguided_rows', 'majority_sco
            'derangement', 'zero_shot_rows', 'in_order', 'results', 'table', 'read_results', 'seeds_table']
 
 # %% ../nbs/41_evaluate.ipynb #1a93f8ab
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from .adapt import adapt
 from .base import BaseNetwork
 from .errors import ArtifactError
+from .files import read_json
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .guide_training import sample, walk
 from .hyperclip import HyperCLIP
@@ -162,14 +162,23 @@ def table(results: dict) -> str:
 def read_results(folder: str | Path) -> dict:
     "`results.json` of a finished run. Raises `ArtifactError` if there is none or it is not one."
     path = Path(folder) / "results.json"
-    try: found = json.loads(path.read_text())
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", "Run `hyperlatent demo` into that folder first") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is no JSON: {error}", "Run `hyperlatent evaluate` on that folder again") from error
+    try: found = read_json(path)
+    except ArtifactError as error:
+        remedy = "Run `hyperlatent evaluate` on that folder again" if path.is_file() else "Run `hyperlatent demo` into that folder first"
+        raise ArtifactError(error.problem, remedy) from error
     if not isinstance(found, dict) or not {"seed", "tasks", "rows"} <= set(found):
         raise ArtifactError(f"{path} has no seed, tasks and rows", "Run `hyperlatent evaluate` on that folder again")
+    rows = found["rows"] if isinstance(found["rows"], list) else [None]
+    if bad := [i for i, row in enumerate(rows) if not _is_row(row)]:
+        raise ArtifactError(f"row {bad[0]} of {path} lacks a method or numbers", "Run `hyperlatent evaluate` on that folder again")
     return found
+
+
+def _is_row(row):
+    numbers = lambda *values: all(isinstance(x, int | float) for x in values)
+    return (isinstance(row, dict) and isinstance(row.get("method"), str) and isinstance(row.get("ci95"), list) and len(row["ci95"]) == 2
+            and numbers(row.get("accuracy"), *row["ci95"]) and ("guidance_scale" in row)
+            and (row["guidance_scale"] is None or numbers(row["guidance_scale"])))
 
 
 def seeds_table(found: list[dict]) -> str:

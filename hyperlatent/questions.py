@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Task', 'number_images', 'check_task', 'check_tasks']
 
-# %% ../nbs/03_questions.ipynb #0dce87ff
+# %% ../nbs/03_questions.ipynb #1d30ec93
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ class Task:
     paraphrases: tuple[str, ...] = ()  # other wordings, seen in training
     unseen_paraphrases: tuple[str, ...] = ()  # wordings kept for testing only
 
-# %% ../nbs/03_questions.ipynb #4a268378
+# %% ../nbs/03_questions.ipynb #0265f7ca
 def number_images(
     tasks: Sequence[Task],  # tasks that know their images by name
 ) -> tuple[list[Task], list[str]]:  # the same tasks with row numbers, and the name of each row
@@ -40,7 +40,7 @@ def number_images(
     number = lambda samples: tuple((rows.setdefault(image, len(rows)), answer) for image, answer in samples)
     return [replace(t, support=number(t.support), query=number(t.query)) for t in tasks], list(rows)
 
-# %% ../nbs/03_questions.ipynb #d49c15d3
+# %% ../nbs/03_questions.ipynb #6a74298e
 def check_task(
     task: Task,
     n_images: int,  # rows of the feature store
@@ -49,6 +49,9 @@ def check_task(
     def fail(problem, remedy="Mend it, or drop the task"):
         raise TaskError(f"task {task.question!r} {problem}", remedy)
 
+    for text in (task.question, *task.answers, *task.prompts, *task.paraphrases, *task.unseen_paraphrases):
+        if text != text.encode(errors="replace").decode():
+            fail("holds half a surrogate pair, which is no text", "Decode its words again from the file that they came from")
     if not task.question.strip():
         fail("has an empty question")
     if len(task.answers) < 2:

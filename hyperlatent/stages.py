@@ -118,27 +118,36 @@ def made_network(model: nn.Module, result: FitResult, architecture: dict[str, An
 
 def load_network(cls: type[Network], artifact: Artifact, device: str | torch.device = "cpu") -> Network:
     "The frozen network of a stage. Raises `ArtifactError` if tensors and architecture do not fit."
-    try:
-        with torch.device("meta"): model = cls(**artifact.documents["architecture"])
+    architecture = artifact.documents.get("architecture")
+    with _fitting(artifact, cls.__name__):
+        # every layer has a tensor: the file cannot promise more of them than it has, which would be built for ever
+        layers = [len(v) if isinstance(v, list) else v if k == "n_blocks" else 0 for k, v in dict(architecture).items()]
+        if max(layers, default=0) > len(artifact.tensors): raise ValueError(f"{len(artifact.tensors)} tensors for {max(layers)} layers")
+        with torch.device("meta"): model = cls(**architecture)
         model.load_state_dict(artifact.tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ArtifactError(f"{str(artifact.folder)!r} holds no {cls.__name__}: {e}",
-                            "Delete the folder and run the stage again") from e
     return model.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _fitting(artifact: Artifact, what: str) -> Iterator[None]:
+    "Whatever goes wrong inside, and much can with an architecture from a file, becomes one `ArtifactError`."
+    try: yield
+    except Exception as e:
+        raise ArtifactError(f"{str(artifact.folder)!r} holds no {what}: {type(e).__name__} {e}",
+                            "Delete the folder and run the stage again") from e
 
 
 def load_multitask(artifact: Artifact, device: str | torch.device = "cpu") -> tuple[CLIPAdapter, DirectWeights]:
     "The base network and its multi-task weights. Raises `ArtifactError` if they do not fit."
-    base, weights = CLIPAdapter(**artifact.documents["architecture"]), artifact.tensors["z0"]
-    if len(weights) != base.n_weights:
-        raise ArtifactError(f"{str(artifact.folder)!r} holds {len(weights)} weights for {base}",
-                            "Delete the folder and run the stage again")
-    return base, DirectWeights(weights).to(device).eval().requires_grad_(False)
+    with _fitting(artifact, "multi-task weights"):
+        base, weights = CLIPAdapter(**artifact.documents["architecture"]), artifact.tensors["z0"]
+        if weights.shape != (base.n_weights,): raise ValueError(f"{tuple(weights.shape)} weights for {base}")
+        return base, DirectWeights(weights).to(device).eval().requires_grad_(False)
 
 
 def load_zoo(artifact: Artifact, device: str | torch.device = "cpu") -> Zoo:
-    "The adapted latents of a stage."
-    return Zoo(**{name: x.to(device) for name, x in artifact.tensors.items()})
+    "The adapted latents of a stage. Raises `ArtifactError` if they are something else."
+    with _fitting(artifact, "zoo"): return Zoo(**{name: x.to(device) for name, x in artifact.tensors.items()})
 
 # %% ../nbs/42_stages.ipynb #4080df65
 def train(chain: Chain) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Network', 'step_generator', 'learning_rate_factor', 'FitResult', 'fit']
 
-# %% ../nbs/04_training.ipynb #c979e091
+# %% ../nbs/04_training.ipynb #72da15e8
 import json
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .config import from_dict
 from .errors import ArtifactError, HyperLatentError
 from .files import write_tensors
 from .settings import FitConfig
@@ -38,7 +38,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
     if step < warmup: return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-# %% ../nbs/04_training.ipynb #f96f791f
+# %% ../nbs/04_training.ipynb #64e43df9
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
     return {f"optimizer/{i}/{name}": value for i, row in state.items() for name, value in row.items()}
@@ -53,6 +53,18 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    "Raise `ValueError` unless AdamW has a mean and a square of each parameter's shape, or has not started."
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            expected = {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if (row := optimizer.state.get(p)) and _shapes(row) != expected: raise ValueError("its optimiser's state is another")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: x.shape for name, x in tensors.items()}
+
+
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": value for name, value in tensors.items()}
 
@@ -60,7 +72,7 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
 
-# %% ../nbs/04_training.ipynb #fba52175
+# %% ../nbs/04_training.ipynb #1083c3ef
 @dataclass
 class FitResult:
     "What a training did."
@@ -101,11 +113,13 @@ class _Run:
             tensors = load_file(path)
             self.model.load_state_dict(_without_prefix("model", tensors))
             _load_optimizer(self.optimizer, tensors)
+            _check_optimizer(self.optimizer)
             if self.ema: self.ema.load_state_dict(_without_prefix("ema", tensors))
             self.best = _without_prefix("best", tensors) or None
-            self.result = FitResult(**json.loads(bytes(tensors["result"].tolist())))
-        except (SafetensorError, RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            if self.best and _shapes(self.best) != _shapes(self.averaged.state_dict()): raise ValueError("its best weights are others")
+            self.result = from_dict(FitResult, json.loads(bytes(tensors["result"].tolist())), "its record")
+        except Exception as error:  # a file from anywhere can be wrong in any way
+            reason = str(error).split("\n")[0]
             raise ArtifactError(f"the checkpoint {path} does not fit this training: {reason}",
                                 "Delete it to start this training again") from error
 
@@ -139,7 +153,7 @@ def _validate(run: _Run, validate: Callable, loss_value: float) -> None:
         result.best_score, result.best_step = score, result.steps
         run.best = {name: value.clone() for name, value in run.averaged.state_dict().items()}
 
-# %% ../nbs/04_training.ipynb #c0057496
+# %% ../nbs/04_training.ipynb #0bb7b7b9
 def fit(
     model: Network,  # trained in place, left with the weights that were chosen
     loss: Callable[[Network, torch.Generator], Tensor],  # draws its batch from the generator, returns a scalar

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['Trajectory']
 
-# %% ../nbs/32_trajectory.ipynb #b7c17d82
+# %% ../nbs/32_trajectory.ipynb #8ed9a4b9
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from .artifacts import Artifact, load_artifact, save_artifact
-from .errors import HyperLatentError
+from .errors import ArtifactError, HyperLatentError
 
-# %% ../nbs/32_trajectory.ipynb #9f1769e9
+# %% ../nbs/32_trajectory.ipynb #ea6dffc0
 @dataclass
 class Trajectory:
     "Latents over the steps of guidance, for every sample of every task, in the latents' own units."
@@ -79,5 +78,13 @@ class Trajectory:
     def load(cls, folder: str | Path) -> "Trajectory":
         "Read what `save` wrote. Raises `ArtifactError` for a damaged or foreign folder."
         artifact = load_artifact(folder, kind="trajectory")
-        fields: dict[str, Any] = {**artifact.tensors, **artifact.config}
-        return cls(**fields)
+        tensors, config = artifact.tensors, artifact.config
+        scale, whole = config.get("guidance_scale"), ("times", "seeds")
+        wrong = [name for name, x in tensors.items() if x.is_floating_point() == (name in whole)]
+        optional, needed = {"score"}, {"z", "predicted_z0", *whole}
+        if (wrong or not needed <= {*tensors} <= needed | optional or {*config} != {"method", "guidance_scale"}
+                or not isinstance(config["method"], str) or not isinstance(scale, float | int | None)
+                or tensors["times"].ndim != 1 or tensors["seeds"].ndim != 2):
+            raise ArtifactError(f"{str(folder)!r} is of kind 'trajectory' and lacks something of one", "Save the trajectory again")
+        try: return cls(**tensors, **config)
+        except HyperLatentError as error: raise ArtifactError(f"{str(folder)!r}: {error.problem}", error.remedy) from error

@@ -113,8 +113,6 @@ def header_of(path: Path):
 def one_file(data: bytes) -> None:
     if not data: return
     name, read = list(FILES.items())[data[0] % len(FILES)]
-    for file in (OUT / "bad").rglob("*"):
-        if file.is_file() and file.relative_to(OUT / "bad").as_posix() != name: continue
     good, bad = OUT / "good" / name, OUT / "bad" / name
     signed = bad.parent != OUT / "bad"
     description = (bad.parent / "artifact.json").read_bytes() if signed else b""
@@ -150,6 +148,17 @@ def altered(value, lots: random.Random):
     return lots.choice(HOSTILE)
 
 
+def renamed(header, lots: random.Random):
+    """A tensor file's header with a change that safetensors accepts as often as not: another name, type or shape of the same size."""
+    name = lots.choice(sorted(header))
+    entry, change = header[name], lots.random()
+    if change < 0.3 or not isinstance(entry, dict): return altered(header, lots)
+    if change < 0.5: return {k: v for k, v in header.items() if k != name} | {lots.choice([*header, "x", "seeds", "score"]): entry}
+    if change < 0.75: return header | {name: entry | {"dtype": {"F32": "I32", "I64": "F64"}.get(entry.get("dtype"), "U8")}}
+    shape = entry.get("shape") or []
+    return header | {name: entry | {"shape": lots.choice([shape[::-1], [*shape, 1], [1, *shape], shape[1:], [0, *shape]])}}
+
+
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     """Half of the mutations are libFuzzer's, half respect JSON, also that of a tensor file's header."""
     lots = random.Random(seed)
@@ -159,9 +168,9 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         if name.endswith(".json"):
             return (data[:1] + json.dumps(altered(json.loads(data[1:]), lots)).encode())[:max_size]
         length = int.from_bytes(data[1:9], "little")
-        header = json.dumps(altered(json.loads(data[9 : 9 + length]), lots)).encode()
+        header = json.dumps(renamed(json.loads(data[9 : 9 + length]), lots)).encode()
         return (data[:1] + len(header).to_bytes(8, "little") + header + data[9 + length :])[:max_size]
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, IndexError, AttributeError, RecursionError):
         return atheris.Mutate(data, max_size)
 
 
@@ -190,7 +199,8 @@ def main() -> None:
                 one_file(data)
             except Exception as error:
                 frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/hyperlatent/" in frame.filename]
-                kind = f"{list(FILES)[data[0] % len(FILES)]}: {type(error).__name__} in {frames[-1].filename}:{frames[-1].lineno}" if frames else repr(error)
+                where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "this program"
+                kind = f"{list(FILES)[data[0] % len(FILES)]}: {type(error).__name__} in {where}"
                 if not options.keep_going: raise
                 if kind not in seen: print(f"FOUND {kind}: {str(error)[:200]!r}", flush=True)
                 seen.add(kind)

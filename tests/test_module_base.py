@@ -12,7 +12,7 @@ from torch import nn
 from hyperlatent.base import CLIPAdapter, cross_entropy, random_batch, random_tasks
 from hyperlatent.errors import HyperLatentError, TaskError
 from hyperlatent.guide_training import train_hyperclip, train_hyperldm
-from hyperlatent.meta import train_hnet, train_multitask
+from hyperlatent.meta import train_hnet, train_mnet
 from hyperlatent.module_base import ModuleBase, right_answer
 from hyperlatent.settings import AdaptConfig, FitConfig, GeneratorConfig, HyperCLIPConfig, HyperLDMConfig, MultitaskConfig, ZooConfig
 from hyperlatent.tensor_tasks import TensorTasks
@@ -46,7 +46,7 @@ def adapter_module(dim, hidden):
 def chain(base, tasks, validation, method="auto_decoder"):
     """Everything that meta-learning makes, as tensors by name."""
     inner = AdaptConfig(steps=3, learning_rate=0.01)
-    mnet, _ = train_multitask(base, tasks, validation, MultitaskConfig(fit=FIT), progress=False)
+    mnet, _ = train_mnet(base, tasks, validation, MultitaskConfig(fit=FIT), progress=False)
     config = GeneratorConfig(latent_dim=5, hidden=(6,), method=method, samples_per_task=8, inner=inner, fit=FIT, output_scale=0.3)
     hnet, _ = train_hnet(base, tasks, validation, config, progress=False)
     zoo = build_zoo(hnet, base, tasks, ZooConfig(runs=2, samples_per_task=8, inner=inner), progress=False)

@@ -1,0 +1,131 @@
+"""Arguments that nobody should pass to a guide or put into a task: each gives a result or an error of ours. Run by test_fuzz.py."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from hyperlatent.base import random_tasks
+from hyperlatent.errors import HyperLatentError, TaskError
+from hyperlatent.guidance import ClassifierFreeGuidance, ClassifierGuidance
+from hyperlatent.hyperclip import HyperCLIP
+from hyperlatent.hyperldm import Denoiser
+from hyperlatent.hypernet import HNet
+from hyperlatent.questions import Task, check_tasks
+from hyperlatent.tasks import TaskSet
+
+torch.set_num_threads(1)
+LOTS = torch.Generator().manual_seed(0)
+DENOISER = Denoiser(4, 3, hidden=8, n_blocks=1, time_dim=4, num_train_timesteps=20, generator=LOTS)
+GUIDES = [ClassifierFreeGuidance(DENOISER), ClassifierGuidance(HyperCLIP(6, 3, [4]), HNet(6, 4, [4], generator=LOTS))]
+quick = settings(max_examples=150, deadline=None)
+
+numbers = st.one_of(st.floats(), st.integers(-3, 5), st.sampled_from([1e30, -1e30, 10**6, 10**400, True, None, "2", [1.0], torch.tensor(1.0)]))
+shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+tensors = st.builds(lambda shape, dtype, value: torch.full(shape, value).to(dtype), shapes | st.sampled_from([(3,), (2, 3)]), dtypes,
+                    st.sampled_from([0.0, 1.0, -2.0, 1e30, math.nan, math.inf]))
+things = tensors | st.sampled_from([None, [1.0, 2.0, 3.0], "what color?", 3])
+
+
+def answer(guide, question, **options):
+    """The trajectory, or None after an error of ours."""
+    try:
+        return guide(question, **options)
+    except HyperLatentError as error:
+        assert error.problem and "\n" not in str(error)
+
+
+def fits(trajectory):
+    assert trajectory is None or (trajectory.final.isfinite().all() and trajectory.final.shape[-1] == 4)
+
+
+@quick
+@given(st.sampled_from(GUIDES), things)
+def test_questions(guide, question):
+    fits(answer(guide, question, num_inference_steps=2))
+
+
+@quick
+@given(things)
+def test_negative_questions(question):
+    fits(answer(GUIDES[0], torch.ones(2, 3), negative_features=question, num_inference_steps=2))
+
+
+@quick
+@given(st.sampled_from(["guidance_scale", "guidance_rescale", "eta", "num_samples", "num_inference_steps"]), numbers)
+def test_numbers_of_classifier_free_guidance(name, value):
+    fits(answer(GUIDES[0], torch.ones(2, 3), **{"num_inference_steps": 2, name: value}))
+
+
+@quick
+@given(st.sampled_from(["learning_rate", "prior_weight", "noise", "num_samples"]), numbers)
+def test_numbers_of_classifier_guidance(name, value):
+    fits(answer(GUIDES[1], torch.ones(2, 3), **{"num_inference_steps": 2, name: value}))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**6 + 1, 10**30, 1.5, math.nan, None, "2", True])
+def test_steps_of_classifier_guidance(steps):
+    assert answer(GUIDES[1], torch.ones(2, 3), num_inference_steps=steps) is None
+
+
+@quick
+@given(st.sampled_from(GUIDES), things)
+def test_seeds(guide, seeds):
+    fits(answer(guide, torch.ones(2, 3), seeds=seeds, num_inference_steps=2))
+
+
+@quick
+@given(things)
+def test_starts(start):
+    fits(answer(GUIDES[1], torch.ones(2, 3), z=start, num_inference_steps=2))
+
+
+@quick
+@given(st.tuples(numbers, numbers) | numbers)
+def test_intervals(interval):
+    fits(answer(GUIDES[0], torch.ones(2, 3), guidance_interval=interval, num_inference_steps=2))
+
+
+def test_another_device():
+    fits(answer(GUIDES[0], torch.ones(2, 3, device="meta"), num_inference_steps=2))
+    fits(answer(GUIDES[1], torch.ones(2, 3, device="meta"), num_inference_steps=2))
+
+
+texts = st.text(max_size=4) | st.sampled_from(["", " ", "\x00", "\ud800", "a" * 10_000, "yes"])
+samples = st.lists(st.tuples(st.integers(-1, 4) | st.sampled_from([2**70, None, 0.5, "x"]), st.integers(-1, 4)), max_size=4).map(tuple)
+
+
+@quick
+@given(st.builds(Task, texts, *[st.lists(texts, max_size=4).map(tuple)] * 2, samples, samples, split=st.sampled_from(["meta-train", "x"])))
+def test_tasks(task):
+    try:
+        check_tasks([task], 5)
+    except TaskError as error:
+        assert "\n" not in str(error)
+    else:
+        assert task.question.strip() and len(set(task.answers)) == len(task.answers) == len(task.prompts) >= 2
+        assert all(0 <= i < 5 and 0 <= a < len(task.answers) for i, a in (*task.support, *task.query)) and task.support and task.query
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5000])
+def test_numbers_of_answers(n):
+    answers = tuple(f"answer {i}" for i in range(n))
+    task = Task("how many?", answers, answers, ((0, 0),), ((0, 0),))
+    make = lambda: TaskSet([task], torch.ones(1, 2), question_features=[torch.ones(1, 2)], answer_features=[torch.ones(n, 2)])
+    if n < 2:
+        with pytest.raises(TaskError): make()
+    else:
+        assert make().batch().answer_mask.sum() == n
+
+
+@quick
+@given(things, st.integers(-5, 5) | st.none(), st.integers(-5, 5) | st.sampled_from(["random", "x", 0.5]))
+def test_batches(indices, number, phrase):
+    tasks = random_tasks(3, 4, torch.Generator().manual_seed(0))
+    try:
+        tasks.batch(indices, num_support=number, phrase=phrase, generator=torch.Generator())
+    except HyperLatentError as error:
+        assert "\n" not in str(error)
