@@ -506,6 +506,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'hyperlatent.guidance._check_features': ('guidance.html#_check_features', 'hyperlatent/guidance.py'),
                                       'hyperlatent.guidance._check_finite': ('guidance.html#_check_finite', 'hyperlatent/guidance.py'),
                                       'hyperlatent.guidance._check_number': ('guidance.html#_check_number', 'hyperlatent/guidance.py'),
+                                      'hyperlatent.guidance._check_tensor': ('guidance.html#_check_tensor', 'hyperlatent/guidance.py'),
                                       'hyperlatent.guidance._generators': ('guidance.html#_generators', 'hyperlatent/guidance.py'),
                                       'hyperlatent.guidance._noise': ('guidance.html#_noise', 'hyperlatent/guidance.py'),
                                       'hyperlatent.guidance._step_options': ('guidance.html#_step_options', 'hyperlatent/guidance.py'),

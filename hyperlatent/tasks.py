@@ -78,7 +78,7 @@ def _flatten(tasks, features, counts, name, dim=None):
         raise TaskError(f"task {question!r} has NaN or infinity in its {name}", "Encode it again")
     return table, runs
 
-# %% ../nbs/03_tasks.ipynb #7fc55e61
+# %% ../nbs/03_tasks.ipynb #958915ba
 class TaskSet:
     """Tasks with their encoded images, questions and answers.
 
@@ -252,8 +252,9 @@ class TaskSet:
         return other
 
     def _indices(self, indices):
-        indices = torch.as_tensor(range(len(self)) if indices is None else indices, device=self.device).reshape(-1)
-        if len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool):
+        try: indices = torch.as_tensor(range(len(self)) if indices is None else indices, device=self.device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError): raise TaskError("tasks cannot be chosen by that", "Give a list of numbers") from None
+        if len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool or indices.is_complex()):
             raise TaskError(f"tasks cannot be chosen by {indices.dtype}", "Give their numbers as integers")
         bad = (indices < 0) | (indices >= len(self))
         if bad.any():
@@ -262,6 +263,7 @@ class TaskSet:
 
     def _question(self, at, phrase, seed):
         runs = self._phrase_runs[at]
+        if not isinstance(phrase, int) and phrase != "random": raise TaskError(f"phrase is {phrase!r}", "Give a number, or 'random'")
         if phrase == "random":
             number = (random_ranks(self._keys[at], 1, seed)[:, 0] & (2**62 - 1)) % runs.length
         else:
@@ -272,6 +274,7 @@ class TaskSet:
         return self._phrases[runs.start + number].float()
 
     def _draw(self, runs, at, n, seed):
+        if n is not None and n < 0: raise TaskError(f"{n} samples of each task are asked for", "Ask for some, or None for all")
         rows, mask = runs[at].padded() if n is None else runs[at].chosen(n, self._keys[at], seed)
         images, labels = self._samples[rows].unbind(-1)
         return Samples(gather(self.image_features, images, mask), labels.masked_fill(~mask, 0), mask)
