@@ -34,12 +34,13 @@ class Demo:
     preset: Literal["reference", "scenes", "scenes-quick"] = "scenes"  # the settings to start from
     quick: bool = False  # the preset scenes-quick: a short version with a worse table
     config: Path | None = None  # a JSON file with settings that differ from the preset
+    tracker: tuple[str, ...] = ()  # tensorboard, wandb, ...: curves of all trainings, below OUT/logs
     settings: Settings = field(default_factory=lambda: preset("scenes"))
 
     def run(self) -> None:
         from hyperlatent import stages
 
-        stages.run(self.out, self.settings, progress=sys.stderr.isatty(), say=say)
+        stages.run(self.out, self.settings, progress=sys.stderr.isatty(), say=say, trackers=self.tracker)
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Train(Demo):
     def run(self) -> None:
         from hyperlatent import stages
 
-        with stages.opened(self.out, self.settings, progress=sys.stderr.isatty(), say=say) as chain:
+        with stages.opened(self.out, self.settings, progress=sys.stderr.isatty(), say=say, trackers=self.tracker) as chain:
             stages.train(chain)
 
 # %% ../nbs/43_cli.ipynb #98b845f2

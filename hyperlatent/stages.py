@@ -11,7 +11,7 @@ __all__ = ['RESULTS', 'SETTINGS', 'FIGURES', 'Chain', 'Made', 'remove_checkpoint
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,7 @@ from .hypernet import HNet
 from .meta import train_hnet, train_mnet, validation_batches
 from .settings import Config
 from .tasks import TaskSet
+from .tracking import start_trackers, tracker_options
 from .training import FitResult, Network
 from .zoo import Zoo, build_zoo, zoo_health
 
@@ -156,7 +157,8 @@ def train(chain: Chain) -> None:
     meta_train, validation = tasks.split("meta-train"), tasks.split("meta-validation")
     made_from = {"tasks": tasks.fingerprint}
     options = lambda checkpoint: dict(seed=config.seed, checkpoint=checkpoint, progress=chain.progress,
-                                      accelerator=chain.accelerator)
+                                      accelerator=chain.accelerator,
+                                      name=checkpoint.name.rpartition("-")[0])  # the stage's name, before the fingerprint
 
     adapter = dict(dim=tasks.dim, **vars(config.base))
     base = CLIPAdapter(**adapter)
@@ -233,17 +235,21 @@ def opened(
     *,
     progress: bool = False,
     say: Callable[[str], None] = print,
+    trackers: Sequence[str] = (),  # "tensorboard", "wandb", ...: curves into the folder's logs/
 ) -> Iterator[Chain]:
     "A chain whose folder is ours and can be written to, with its tasks. Raises `ArtifactError`."
     out = Path(os.path.realpath(out))
     with locked(out, wait=False):
         if config.tasks: config = replace(config, tasks=os.path.abspath(config.tasks))  # to be found from any other folder
         _claim(out, config)
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config, **tracker_options(trackers, out / "logs"))
         start = time.perf_counter()
         tasks = load_tasks(config, device=accelerator.device, progress=progress)
         say(f"{'tasks':<12} {time.perf_counter() - start:6.1f} s   {tasks}")
-        yield Chain(out, config, tasks, accelerator, progress, say)
+        start_trackers(accelerator, out.name, to_dict(config))
+        try: yield Chain(out, config, tasks, accelerator, progress, say)
+        finally:
+            if trackers: accelerator.end_training()
 
 
 def _claim(out, config):
@@ -255,11 +261,11 @@ def _claim(out, config):
     write_json(path, to_dict(config))
 
 
-def make_accelerator(config: Config):
+def make_accelerator(config: Config, **options):  # options: of `accelerate.Accelerator`
     "Device and precision of a run. Raises `ConfigError` if this machine does not have them."
     from accelerate import Accelerator
 
-    try: accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
+    try: accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, **options)
     except ValueError as e:
         raise ConfigError(f"mixed_precision {config.mixed_precision!r} is not possible here: {e}", "Use 'no'") from e
     if config.device and torch.device(config.device).type != accelerator.device.type:
@@ -267,9 +273,16 @@ def make_accelerator(config: Config):
     return accelerator
 
 # %% ../nbs/42_stages.ipynb #d9232b88
-def run(out: str | Path, config: Config, *, progress: bool = False, say: Callable[[str], None] = print) -> None:
+def run(
+    out: str | Path,
+    config: Config,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+    trackers: Sequence[str] = (),
+) -> None:
     "The whole chain into a folder. What is complete is reused, what was interrupted is resumed."
-    with opened(out, config, progress=progress, say=say) as chain:
+    with opened(out, config, progress=progress, say=say, trackers=trackers) as chain:
         train(chain)
         finish(chain)
 

@@ -21,6 +21,7 @@ from .config import from_dict
 from .errors import ArtifactError, HyperLatentError
 from .files import write_tensors
 from .settings import FitConfig
+from .tracking import log
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -164,7 +165,8 @@ def fit(
     description: str = "",  # on the progress bar and in errors
     progress: bool = True,  # show a bar
     checkpoint: str | Path | None = None,  # file to resume from and to write to
-    accelerator=None,  # an `accelerate.Accelerator`: device and mixed precision
+    accelerator=None,  # an `accelerate.Accelerator`: device, mixed precision and trackers
+    name: str = "",  # of the curves in a tracker: `hnet` gives `hnet/loss`
 ) -> FitResult:
     """Train `model`. Stops after `config.steps` steps, or when the validation score has not risen for `config.patience` validations.
 
@@ -181,9 +183,11 @@ def fit(
     while result.steps < config.steps and not _out_of_patience(result, config):
         value = _one_step(run, loss, seed, description, accelerator)
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+        log(accelerator, name, result.steps, loss=value, learning_rate=run.optimizer.param_groups[0]["lr"])
         bar.update()
         if validate and (result.steps % config.validate_every == 0 or result.steps == config.steps):
             _validate(run, validate, smooth)
+            log(accelerator, name, result.steps, score=result.history[-1]["score"])
             bar.set_postfix(loss=f"{smooth:.3f}", best=f"{result.best_score:.4f}")
         if checkpoint and result.steps % config.checkpoint_every == 0: run.save(Path(checkpoint))
     bar.close()
