@@ -9,6 +9,7 @@ import pytest
 
 from hyperlatent.cli import main
 
+
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     from test_cli import TINY
