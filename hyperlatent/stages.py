@@ -273,16 +273,9 @@ def make_accelerator(config: Config, **options):  # options: of `accelerate.Acce
     return accelerator
 
 # %% ../nbs/42_stages.ipynb #d9232b88
-def run(
-    out: str | Path,
-    config: Config,
-    *,
-    progress: bool = False,
-    say: Callable[[str], None] = print,
-    trackers: Sequence[str] = (),
-) -> None:
+def run(out: str | Path, config: Config, **options: Any) -> None:  # options: of `opened`
     "The whole chain into a folder. What is complete is reused, what was interrupted is resumed."
-    with opened(out, config, progress=progress, say=say, trackers=trackers) as chain:
+    with opened(out, config, **options) as chain:
         train(chain)
         finish(chain)
 
