@@ -113,7 +113,7 @@ def stages_of(config: Config) -> dict[str, float]:
             "evaluate": scales * config.hyperldm.num_inference_steps}
     return work | {f.name: 1 for f in fields(config) if hasattr(getattr(config, f.name), "fit") and f.name not in work}
 
-# %% ../nbs/43_rehearsal.ipynb #9ee5c580
+# %% ../nbs/43_rehearsal.ipynb #e2f98845
 def rehearse(
     out: str | Path,  # folder for the stages, and for rehearsal.json
     config: Config,  # the full settings
@@ -146,8 +146,8 @@ def report(found: dict[str, Any]) -> str:
     lines = ["| stage | peak memory, GB | rehearsed, s | one step, s | full steps | full stage, hours (estimate) |",
              "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for stage in found["stages"]:
-        step = "" if stage["step_seconds"] is None else f"{stage['step_seconds']:.2f}"
-        lines.append(f"| {stage['name']} | {stage['peak_gb']:.1f} | {stage['seconds']:.0f} | {step} | {stage['full_steps'] or ''} "
+        step = f"{stage['step_seconds']:.2f}" if stage.get("step_seconds") else ""
+        lines.append(f"| {stage['name']} | {stage['peak_gb']:.1f} | {stage['seconds']:.0f} | {step} | {stage.get('full_steps') or ''} "
                      f"| {stage['full_hours']:.1f} |")
     hours = sum(stage["full_hours"] for stage in found["stages"])
     return "\n".join(lines) + f"\n\n{found['tasks']} on {found['device']} ({found['cores']} cores): about {hours:.0f} hours in all"

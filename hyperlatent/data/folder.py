@@ -23,7 +23,7 @@ from ..question_encoder import QuestionEncoder
 from ..questions import Task, number_images
 from ..tasks import TaskSet
 
-# %% ../../nbs/19_folder.ipynb #7c30f745
+# %% ../../nbs/19_folder.ipynb #7e7d659b
 def check_pictures(rows: Sequence[Row], pictures: str | Path, progress: bool = False) -> list[Fault]:
     "A fault for each picture that cannot be read, at the first of its lines."
     from tqdm.auto import tqdm
@@ -33,7 +33,7 @@ def check_pictures(rows: Sequence[Row], pictures: str | Path, progress: bool = F
     with ThreadPoolExecutor() as pool:
         problems = pool.map(_problem_of_picture, [Path(pictures) / name for name in lines])
         problems = list(tqdm(problems, "checking pictures", len(lines), disable=not progress, leave=False))
-    also = lambda at: "" if len(at) == 1 else f" (and in {len(at) - 1} more lines)"
+    also = lambda at: "" if len(at) == 1 else f" (also in line {', '.join(map(str, at[1:6]))}{', ...' if len(at) > 6 else ''})"
     return [Fault(at[0], f"picture {name!r}{also(at)} {problem}") for (name, at), problem in zip(lines.items(), problems) if problem]
 
 

@@ -55,7 +55,7 @@ class TableError(TaskError):
         "All faults, one a line, as compilers write them."
         return "\n".join(f"{self.path}:{line}: {problem}" for line, problem in self.faults)
 
-# %% ../../nbs/19_table.ipynb #fc2683d0
+# %% ../../nbs/19_table.ipynb #eeaa6b9c
 Found = Iterator[tuple[int, dict[str, Any]] | Fault]
 REQUIRED = ("question", "answer", "picture")
 COLUMNS, LISTS = tuple(f.name for f in fields(Row))[1:], ("answers", "paraphrases")
@@ -77,7 +77,7 @@ def _decoded(content: bytes) -> tuple[str, list[Fault]]:
 
 
 def _read_csv(text: str) -> Found:
-    reader, header, line = csv.reader(io.StringIO(text, newline=""), strict=True), None, 1
+    reader, header, line = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True), None, 1
     try:
         for cells in reader:
             if header is None:
