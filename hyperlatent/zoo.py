@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Zoo', 'build_zoo', 'zoo_health']
 
-# %% ../nbs/24_zoo.ipynb #cfdd6eab
+# %% ../nbs/24_zoo.ipynb #ab70653b
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,17 +14,24 @@ from torch import Tensor, nn
 
 from .adapt import adapt
 from .base import BaseNetwork
+from .errors import HyperLatentError
 from .settings import ZooConfig
 from .tensor_tasks import TaskSource
 from .training import step_generator
 
-# %% ../nbs/24_zoo.ipynb #91aad1eb
+# %% ../nbs/24_zoo.ipynb #8617052d
 @dataclass
 class Zoo:
     "Adapted latents of training tasks with the wordings of their questions."
     latents: Float[Tensor, "run task latent"]
     phrases: Float[Tensor, "phrase question_dim"]  # all seen wordings of all tasks
     phrase_task: Int[Tensor, "phrase"]  # the task of each wording
+
+    def __post_init__(self):
+        if (self.latents.ndim, self.phrases.ndim, self.phrase_task.shape) != (3, 2, self.phrases.shape[:1]):
+            raise HyperLatentError("latents, phrases and the phrases' tasks of a zoo do not fit each other", "Build it with build_zoo")
+        if self.phrase_task.unique().tolist() != list(range(self.latents.shape[1])):
+            raise HyperLatentError("the wordings of a zoo are not those of its tasks", "Build it with build_zoo")
 
     @property
     def flat(self) -> Float[Tensor, "row latent"]:
@@ -50,7 +57,7 @@ class Zoo:
         number = torch.rand(len(task), generator=generator).to(count.device) * count[task]
         return first[task] + number.long()
 
-# %% ../nbs/24_zoo.ipynb #560652c6
+# %% ../nbs/24_zoo.ipynb #401f8712
 def build_zoo(
     generator: nn.Module,  # a trained generator
     base: BaseNetwork,
