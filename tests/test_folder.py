@@ -26,7 +26,8 @@ GOOD = [f"what color is the {shape}?,{('red', 'blue')[i % 2]},{i % 6}.png" for s
 def folder(tmp_path_factory) -> Path:
     """Six small pictures."""
     folder = tmp_path_factory.mktemp("pictures")
-    for i in range(6): Image.new("RGB", (64, 64), ("red", "blue")[i % 2]).save(folder / f"{i}.png")
+    for i in range(6):
+        Image.new("RGB", (64, 64), ("red", "blue")[i % 2]).save(folder / f"{i}.png")
     return folder
 
 
@@ -34,7 +35,8 @@ def faults_of(content: str | bytes, tmp_path: Path, pictures: Path, name: str = 
     """What is wrong with a table; none if it can be used."""
     table = tmp_path / name
     table.write_bytes(content if isinstance(content, bytes) else content.encode())
-    try: read_tasks(table, pictures, **options)
+    try:
+        read_tasks(table, pictures, **options)
     except TableError as error:
         assert str(error).count("\n") == 0 and str(table) in str(error) and f"line {error.faults[0].line}: " in str(error)
         assert len(error.report.splitlines()) == len(error.faults) and error.faults == sorted(error.faults)
@@ -64,7 +66,6 @@ def test_harmless_variations(change, folder, tmp_path):
 
 
 def test_three_formats_give_the_same_tasks(folder, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     records = [dict(zip(HEADER.split(","), line.split(",")), answers=["blue", "red", "green"]) for line in GOOD]
@@ -81,8 +82,10 @@ def test_three_formats_give_the_same_tasks(folder, tmp_path):
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\x00\ufffd|", exclude_categories=["Cs", "Cc"]), min_size=1,
                max_size=12).map(str.strip).filter(bool)  # fmt: skip
-record = st.fixed_dictionaries({"question": text, "answer": text, "picture": text},
-                               optional={"kind": text, "split": st.sampled_from(SPLITS), "paraphrases": st.lists(text, unique=True)})
+record = st.fixed_dictionaries(
+    {"question": text, "answer": text, "picture": text},
+    optional={"kind": text, "split": st.sampled_from(SPLITS), "paraphrases": st.lists(text, unique=True)},
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -130,7 +133,8 @@ def test_any_bytes_are_a_table_or_faults(tmp_path_factory, content, kind):
 
 @pytest.mark.parametrize("content, expected", [
     (b"", [(1, "empty")]), (b" \n ", [(1, "empty")]), (b"\xff\xfeq\x00", [(1, "UTF-16")]), (b"question,answer,picture\n", [(1, "no row")]),
-    ("question;answer;picture\na;b;c", [(1, "commas")]), ("question,anwser,picture\na,b,c", [(1, "did you mean 'answer'"), (1, "no column 'answer'")]),
+    ("question;answer;picture\na;b;c", [(1, "commas")]), ("question,anwser,picture\na,b,c", [
+        (1, "did you mean 'answer'"), (1, "no column 'answer'")]),
     ("question,answer,picture,answer\na,b,c,d", [(1, "twice")]), ('question,answer,picture\na,"b', [(2, "no valid CSV")])])  # fmt: skip
 def test_unreadable_tables(content, expected, folder, tmp_path):
     faults = faults_of(content, tmp_path, folder)
@@ -148,7 +152,7 @@ def test_not_utf8_names_every_line(folder, tmp_path):
 @pytest.mark.parametrize("line, problem", [
     ("what color is the ring?,red", "2 cells where the header has 3"), (",red,0.png", "there is no question"),
     ("what color is the ring?,  ,0.png", "there is no answer"), ("what color is the ring?,red,7.png", "'7.png' does not exist"),
-    ("what color is the ring?,red,0.png", "repeats line 2"), ("what color is the ring?,blue,0.png", "'blue' and contradicts line 2")])  # fmt: skip
+    ("what color is the ring?,red,0.png", "repeats line 2"), ("what color is the ring?,blue,0.png", "contradicts line 2")])  # fmt: skip
 def test_faulty_lines(line, problem, folder, tmp_path):
     faults = faults_of(csv_of([*GOOD, line]), tmp_path, folder)
     assert [fault.line for fault in faults] == [20] and problem in faults[0].problem
@@ -160,11 +164,16 @@ def test_every_fault_is_reported_in_one_go(tmp_path_factory, damage):
     tmp_path = tmp_path_factory.getbasetemp()
     rows = [[*line.split(","), "", "", ""] for line in GOOD]
     for at, what in damage.items():
-        if what == "cells": rows[at].append("more")
-        elif what == "answer": rows[at][1] = ""
-        elif what == "split": rows[at][3] = "train"
-        elif what == "prompt": rows[at][4] = "no gap"
-        else: rows[at][5] = "yes|no"
+        if what == "cells":
+            rows[at].append("more")
+        elif what == "answer":
+            rows[at][1] = ""
+        elif what == "split":
+            rows[at][3] = "train"
+        elif what == "prompt":
+            rows[at][4] = "no gap"
+        else:
+            rows[at][5] = "yes|no"
     (tmp_path / "damaged.csv").write_text(csv_of(map(",".join, rows), f"{HEADER},split,prompt,answers"))
     _, faults = read_rows(tmp_path / "damaged.csv")
     assert {fault.line for fault in faults} == {at + 2 for at in damage}
@@ -199,8 +208,10 @@ def test_a_hundred_faults_are_a_hundred_lines(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, kind", [("t.xlsx", TaskError), ("t", TaskError), ("lost.csv", ArtifactError)])
 def test_what_is_no_table(name, kind, tmp_path):
-    if "lost" not in name: (tmp_path / name).write_text("x")
-    with pytest.raises(kind, match=name): read_tasks(tmp_path / name)
+    if "lost" not in name:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(kind, match=name):
+        read_tasks(tmp_path / name)
 
 
 # ---- pictures
@@ -208,7 +219,8 @@ def test_what_is_no_table(name, kind, tmp_path):
 
 def test_odd_pictures(tmp_path):
     """Every mode that Pillow reads is a picture; an animation counts by its first frame."""
-    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"): Image.new(mode, (20, 30)).save(tmp_path / f"{mode.replace(';', '')}.png")
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        Image.new(mode, (20, 30)).save(tmp_path / f"{mode.replace(';', '')}.png")
     Image.new("CMYK", (20, 30)).save(tmp_path / "cmyk.jpg")
     Image.new("L", (20, 30)).save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("L", (20, 30), 255)])
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -240,7 +252,9 @@ def test_table_of_known_content(folder, tmp_path):
     (tmp_path / "t.csv").write_text(csv_of([line.replace("yes it is", "{} it is").replace("no it is", "{} it is") for line in lines],
                                            f"{HEADER},answers,prompt,split,kind,paraphrases"))  # fmt: skip
     ring, star = read_tasks(tmp_path / "t.csv", folder)
-    assert (ring.split, star.split) == (SPLITS[0], SPLITS[2]) and ring.answers == ("no", "yes") and ring.prompts == ("no it is", "yes it is")
+    assert (
+        (ring.split, star.split) == (SPLITS[0], SPLITS[2]) and ring.answers == ("no", "yes") and ring.prompts == ("no it is", "yes it is")
+    )
     assert ring.paraphrases == ("is this a ring?", "a ring?") and ring.kind == "is"
     assert len(ring.support) == 4 and len(ring.query) == 2  # two thirds of three pictures of each answer
     right = {f"{i}.png": 1 - i % 2 for i in range(6)}
@@ -270,15 +284,20 @@ def test_words_the_encoder_does_not_know(folder, tmp_path, capsys):
 
 def test_an_encoder_of_ones_own(folder, tmp_path):
     class Mine:
-        def encode_images(self, paths, progress=False): return torch.tensor([[float(path.stem), 1.0] for path in paths])
-        def encode_texts(self, texts): return torch.tensor([[float(len(text)), 0.0] for text in texts])
+        def encode_images(self, paths, progress=False):
+            return torch.tensor([[float(path.stem), 1.0] for path in paths])
+
+        def encode_texts(self, texts):
+            return torch.tensor([[float(len(text)), 0.0] for text in texts])
 
     (tmp_path / "t.csv").write_text(csv_of(GOOD))
     tasks = read_tasks(tmp_path / "t.csv", folder)
     taskset = encode_tasks(tasks, folder, Mine(), lambda questions: torch.eye(3)[: len(questions)] if len(questions) == 3 else None)
     number = {name: i for i, name in enumerate(dict.fromkeys(n for t in tasks for n, _ in t.support + t.query))}
-    for name, row in number.items(): assert taskset.image_features[row, 0] == float(Path(name).stem)
-    with pytest.raises(EncoderError): encode_tasks(tasks, folder, type("E", (), {"unknown_words": lambda self, text: ["word"]})())
+    for name, row in number.items():
+        assert taskset.image_features[row, 0] == float(Path(name).stem)
+    with pytest.raises(EncoderError):
+        encode_tasks(tasks, folder, type("E", (), {"unknown_words": lambda self, text: ["word"]})())
 
 
 def test_from_a_table_to_the_results(folder, tmp_path, capsys):
@@ -287,7 +306,10 @@ def test_from_a_table_to_the_results(folder, tmp_path, capsys):
 
     words = "ring star square circle cross triangle".split()
     (tmp_path / "t.csv").write_text(csv_of([f"what color is the {w}?,{('red', 'blue')[i % 2]},{i}.png" for w in words for i in range(6)]))
-    assert main(["prepare", "folder", str(tmp_path / "t.csv"), "--out", str(tmp_path / "tasks"), "--pictures", str(folder), "--device", "cpu"]) == 0
+    assert (
+        main(["prepare", "folder", str(tmp_path / "t.csv"), "--out", str(tmp_path / "tasks"), "--pictures", str(folder), "--device", "cpu"])
+        == 0
+    )
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     run = ["--out", str(tmp_path / "run"), "--config", str(tmp_path / "tiny.json"), "--device", "cpu"]
     assert main(["train", *run, "--tasks", str(tmp_path / "tasks")]) == 0
