@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from .features import Downloads, Features
 from .folder import Folder, RehearsalTasks
 from ..errors import ConfigError
 from ..settings import ScenesConfig
@@ -59,7 +60,8 @@ class MetaVQA:
 
 # %% ../../nbs/43_commands_data.ipynb #9ff1b41b
 Source = (Annotated[Scenes, tyro.conf.subcommand("scenes")] | Annotated[MetaVQA, tyro.conf.subcommand("metavqa")]
-          | Annotated[Folder, tyro.conf.subcommand("folder")] | Annotated[RehearsalTasks, tyro.conf.subcommand("rehearsal")])
+          | Annotated[Folder, tyro.conf.subcommand("folder")] | Annotated[RehearsalTasks, tyro.conf.subcommand("rehearsal")]
+          | Annotated[Features, tyro.conf.subcommand("features")] | Annotated[Downloads, tyro.conf.subcommand("downloads")])
 
 
 @dataclass
