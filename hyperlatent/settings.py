@@ -199,7 +199,7 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
     few_shot: FewShotConfig = FewShotConfig()
 
-# %% ../nbs/02_settings.ipynb #3621f2f3
+# %% ../nbs/02_settings.ipynb #cf86a825
 def preset(
     name: str = "scenes",  # "reference", "scenes" or "scenes-quick"
 ) -> Config:
@@ -228,6 +228,17 @@ _SCENES = Config(
     evaluate=EvaluateConfig(
         guidance_scales=(0.0, 0.5, 1.0, 1.5, 3.0, 5.0),
         few_shot=AdaptConfig(steps=20, learning_rate=0.1, optimizer="adam", prior_weight=1e-3)),
+    hvae=HVAEConfig(
+        latent_dim=64, task_weight=1.0, samples_per_task=40,
+        networks=ZooConfig(runs=3, samples_per_task=40, inner=AdaptConfig(steps=50, learning_rate=0.01, optimizer="adam")),
+        fit=FitConfig(steps=1000, batch_size=64, validate_every=250)),
+    text_hypernetwork=TextConfig(
+        hidden=(256, 256), output_scale=0.3, samples_per_task=40,
+        fit=FitConfig(steps=1200, batch_size=48, weight_decay=1e-4, validate_every=100, patience=5)),
+    text_film=TextConfig(
+        method="film", hidden=(128, 128), output_scale=0.3, samples_per_task=40,
+        fit=FitConfig(steps=1500, batch_size=48, learning_rate=3e-3, weight_decay=1e-4, validate_every=100, patience=5)),
+    few_shot=FewShotConfig(inner=AdaptConfig(steps=20, learning_rate=0.1, optimizer="adam"), prior_weight=0.3),
 )
 
 
@@ -240,6 +251,9 @@ def _quick(config: Config) -> Config:
         config, data=replace(config.data, num_tasks=260, pictures_per_task=40),
         multitask=replace(config.multitask, fit=shorter(config.multitask.fit, 60)),
         hnet=replace(config.hnet, fit=shorter(config.hnet.fit, 200)), zoo=replace(config.zoo, runs=2),
+        hvae=replace(config.hvae, networks=replace(config.hvae.networks, runs=2), fit=shorter(config.hvae.fit, 100)),
+        text_hypernetwork=replace(config.text_hypernetwork, fit=shorter(config.text_hypernetwork.fit, 150)),
+        text_film=replace(config.text_film, fit=shorter(config.text_film.fit, 150)),
         hyperclip=replace(config.hyperclip, fit=shorter(config.hyperclip.fit, 200), num_inference_steps=40),
         hyperldm=replace(config.hyperldm, fit=shorter(config.hyperldm.fit, 400), num_inference_steps=20))
 
