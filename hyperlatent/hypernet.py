@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# %% ../nbs/21_hypernet.ipynb #582036ac
+# %% ../nbs/21_hypernet.ipynb #cc74a574
 class HNet(nn.Module):
     """A hypernetwork: latent -> weights, with a learned start `z0` of every adaptation (section 3.1).
 
@@ -26,6 +26,7 @@ class HNet(nn.Module):
         hidden: Sequence[int] = (128, 128, 128),  # widths of the hidden layers
         output_scale: float = 1.0,  # standard deviation of the weights that it generates at first
         generator: torch.Generator | None = None,  # draws the initial weights and z0
+        question_dim: int = 0,  # numbers per question, for `prior`; 0: this generator knows nothing of language
     ):
         super().__init__()
         self.latent_dim, self.n_weights = latent_dim, n_weights
@@ -37,6 +38,15 @@ class HNet(nn.Module):
             gain = 2**0.5 if i < len(hidden) else output_scale
             with torch.no_grad(): layer.weight.normal_(0, gain / layer.in_features**0.5, generator=generator)
             nn.init.zeros_(layer.bias)
+        self.reader = nn.Linear(question_dim, latent_dim, bias=False) if question_dim else None
+        if self.reader:
+            with torch.no_grad(): self.reader.weight.normal_(0, 0.5 / question_dim**0.5, generator=generator)
+
+    def prior(self, questions: Float[Tensor, "*batch question_dim"]) -> Float[Tensor, "*batch latent"]:
+        "The latent expected for a question: the start, or a linear function of the question where that was learnt."
+        if not self.reader: return self.z0.expand(*questions.shape[:-1], -1)
+        # a unit vector's components are near 1/sqrt(dim), but networks learn best from components near 1
+        return self.z0 + self.reader(questions * questions.shape[-1] ** 0.5)
 
     def trunk(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch unit"]:
         "The last hidden layer, of which the weights are a linear function: `readout`."

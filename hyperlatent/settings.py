@@ -65,7 +65,7 @@ class ClipTrainingConfig:
     fit: FitConfig = FitConfig(steps=6500, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98),
                                validate_every=650, checkpoint_every=325)
 
-# %% ../nbs/02_settings.ipynb #00a66c1c
+# %% ../nbs/02_settings.ipynb #92fce7ba
 @dataclass(frozen=True)
 class MultitaskConfig:
     "MNet: one weight vector for all tasks."
@@ -82,13 +82,13 @@ class GeneratorConfig:
     latent_dim: int = 128
     hidden: tuple[int, ...] = (128, 128, 128)
     output_scale: float = 1.0  # standard deviation of the weights generated at first
-    method: Literal["auto_decoder", "fomaml", "maml", "multitask"] = "fomaml"
+    method: Literal["auto_decoder", "joint", "fomaml", "maml", "multitask"] = "fomaml"
     samples_per_task: int = 50  # per step; at most this many of a task's samples
     inner: AdaptConfig = AdaptConfig()
-    latent_noise: float = 0.3  # auto_decoder: noise on the tasks' latents
-    offset_penalty: float = 1e-3  # auto_decoder: of a latent's squared distance to the start
-    start_share: float = 0.15  # auto_decoder: share of the latents that are the start itself
-    offset_rate: float = 30.0  # auto_decoder: how much faster latents move than the network's weights
+    latent_noise: float = 0.3  # auto_decoder, joint: noise on the tasks' latents
+    offset_penalty: float = 1e-3  # auto_decoder, joint: of the squared distance to the start, or prior
+    start_share: float = 0.15  # auto_decoder, joint: share of the latents that are the start itself
+    offset_rate: float = 30.0  # auto_decoder, joint: how much faster latents move than the network's weights
     fit: FitConfig = FitConfig(steps=27_000)  # 1000 epochs of 870 tasks, 32 at a time
 
 

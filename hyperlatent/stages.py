@@ -109,7 +109,7 @@ def load_tasks(
             raise TaskError(f"{config.tasks!r} has no {split} task", "Split its questions into meta-train and meta-test")
     return tasks
 
-# %% ../nbs/42_stages.ipynb #9661a4ed
+# %% ../nbs/42_stages.ipynb #61c6216f
 def made_network(model: nn.Module, result: FitResult, architecture: dict[str, Any]) -> Made:
     "A trained network as the content of a stage."
     remark = f"meta-validation accuracy {result.best_score:.1%} at step {result.best_step} of {result.steps}"
@@ -150,7 +150,7 @@ def load_zoo(artifact: Artifact, device: str | torch.device = "cpu") -> Zoo:
     "The adapted latents of a stage. Raises `ArtifactError` if they are something else."
     with _fitting(artifact, "zoo"): return Zoo(**{name: x.to(device) for name, x in artifact.tensors.items()})
 
-# %% ../nbs/42_stages.ipynb #4080df65
+# %% ../nbs/42_stages.ipynb #2d07819a
 def train(chain: Chain) -> None:
     "All stages of training, in order."
     config, tasks, device = chain.config, chain.tasks, chain.accelerator.device
@@ -165,7 +165,8 @@ def train(chain: Chain) -> None:
     chain.stage("multitask", ["base", "multitask"], made_from, lambda checkpoint: made_network(
         *train_mnet(base, meta_train, validation, config.multitask, **options(checkpoint)), adapter))
 
-    architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden)
+    architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden,
+                        question_dim=meta_train.question_dim if config.hnet.method == "joint" else 0)
     hnet = chain.stage("hnet", ["base", "hnet"], made_from, lambda checkpoint: made_network(
         *train_hnet(base, meta_train, validation, config.hnet, **options(checkpoint)), architecture))
     network = load_network(HNet, hnet, device)
@@ -185,7 +186,8 @@ def train(chain: Chain) -> None:
 
 
 def _make_zoo(chain, network, base, tasks, checkpoint):
-    zoo = build_zoo(network, base, tasks, chain.config.zoo, seed=chain.config.seed, progress=chain.progress)
+    zoo = build_zoo(network, base, tasks, chain.config.zoo, seed=chain.config.seed, progress=chain.progress,
+                    start=network.prior if network.reader else None)
     health = zoo_health(zoo, network, base, tasks)
     remark = f"{zoo.latents.shape[0]} x {zoo.latents.shape[1]} latents, training accuracy {health['accuracy']:.1%}"
     return Made(vars(zoo), remark, health)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Zoo', 'build_zoo', 'zoo_health']
 
-# %% ../nbs/24_zoo.ipynb #ab70653b
+# %% ../nbs/24_zoo.ipynb #45179e71
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,7 +58,7 @@ class Zoo:
         number = torch.rand(len(task), generator=generator).to(count.device) * count[task]
         return first[task] + number.long()
 
-# %% ../nbs/24_zoo.ipynb #401f8712
+# %% ../nbs/24_zoo.ipynb #70f87bdd
 def build_zoo(
     generator: nn.Module,  # a trained generator
     base: BaseNetwork,
@@ -66,6 +67,7 @@ def build_zoo(
     *,
     seed: int = 0,
     max_tasks: int = 0,  # adapted at once; 0: `base.max_tasks`
+    start: Callable[[Tensor], Tensor] | None = None,  # questions to the latents to begin with, as `HNet.prior`; None: `z0`
     progress: bool = True,
 ) -> Zoo:
     "Adapt every task `config.runs` times, each time on a random subset of its support and query samples."
@@ -75,15 +77,18 @@ def build_zoo(
     latents = torch.empty(config.runs, len(tasks), generator.latent_dim, device=generator.z0.device)
     for run in tqdm(range(config.runs), desc="zoo", unit="run", disable=not progress, leave=False):
         # a generator for each chunk, all alike: a task's samples do not depend on its chunk
-        for chunk in chunks: latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run))
-    return Zoo(latents, *tasks.question_phrases())
+        for chunk in chunks:
+            latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run), start)
 
 
-def _adapt_chunk(generator, base, tasks, chunk, config, lots) -> Tensor:
+def _adapt_chunk(generator, base, tasks, chunk, config, lots, start) -> Tensor:
     "Latents of some tasks after one run each."
-    batch = tasks.batch(chunk, num_support=1, num_query=1, generator=lots)
-    number = config.samples_per_task or 2**31
-    return adapt(generator, base, replace(batch, support=tasks.samples_batch(chunk, number, lots)), **vars(config.inner))
+    batch = tasks.batch(chunk, num_support=1, num_query=1, phrase="random" if start else 0, generator=lots)
+    number, begin = config.samples_per_task or 2**31, start(batch.question_features).detach() if start else None
+    batch = replace(batch, support=tasks.samples_batch(chunk, number, lots))
+    return adapt(generator, base, batch, start=begin, **vars(config.inner))
+
+
 
 # %% ../nbs/24_zoo.ipynb #117d0464
 def zoo_health(
