@@ -115,3 +115,37 @@ def test_every_stage_stays_on_its_device(gpu, method):
     tasks, base = random_tasks(6, 8, lots), CLIPAdapter(8, hidden=4)
     on_cpu = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, trackers=[])
     assert chain(gpu, base, tasks.to(GPU), method) == chain(on_cpu, base, tasks, method)
+
+
+def other_methods(accelerator, base, tasks):
+    """HVAE, text-conditioned baselines and few-shot guidance: sums that depend on every number drawn."""
+    from hyperlatent.few_shot_guidance import FewShotGuidance
+    from hyperlatent.guide_training import train_hyperldm
+    from hyperlatent.hvae import train_hvae
+    from hyperlatent.meta import train_mnet
+    from hyperlatent.settings import HVAEConfig, HyperLDMConfig, MultitaskConfig, TextConfig, ZooConfig
+    from hyperlatent.text_baselines import train_text_network
+
+    few, inner = FitConfig(steps=3, batch_size=4, warmup=1, validate_every=2), AdaptConfig(steps=2)
+    options = dict(progress=False, accelerator=accelerator)
+    mnet, _ = train_mnet(base, tasks, tasks, MultitaskConfig(method="fomaml", inner=inner, fit=few), **options)
+    config = HVAEConfig(latent_dim=4, hidden=(8,), task_weight=0.1, networks=ZooConfig(runs=2, inner=inner), fit=few)
+    hvae, _, zoo = train_hvae(mnet, base, tasks, tasks, config, **options)
+    hvae.requires_grad_(False)
+    found = [zoo.latents.sum()]
+    for method in ("hypernetwork", "film"):
+        text = TextConfig(method=method, hidden=(8,), dropout=0.1, question_noise=0.1, fit=few)
+        network, _ = train_text_network(base, tasks, tasks, text, **options)
+        found.append(network(tasks.batch().question_features).sum())
+    config = HyperLDMConfig(hidden=8, blocks=1, prediction_type="v_prediction", fit=few)
+    denoiser, _ = train_hyperldm(zoo, hvae, base, [], config, **options)
+    guide = FewShotGuidance(denoiser, hvae, base, "ddim")
+    found.append(guide(tasks.batch(), num_inference_steps=4, num_samples=2, generator=torch.Generator().manual_seed(0)).final.sum())
+    return [x.item() for x in found]
+
+
+def test_the_other_methods_stay_on_their_device(gpu):
+    lots = torch.Generator().manual_seed(0)
+    tasks, base = random_tasks(6, 8, lots), CLIPAdapter(8, hidden=4)
+    on_cpu = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, trackers=[])
+    assert other_methods(gpu, base, tasks.to(GPU)) == pytest.approx(other_methods(on_cpu, base, tasks), rel=1e-3)
