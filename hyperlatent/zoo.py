@@ -58,7 +58,7 @@ class Zoo:
         number = torch.rand(len(task), generator=generator).to(count.device) * count[task]
         return first[task] + number.long()
 
-# %% ../nbs/24_zoo.ipynb #70f87bdd
+# %% ../nbs/24_zoo.ipynb #59a674c0
 def build_zoo(
     generator: nn.Module,  # a trained generator
     base: BaseNetwork,
@@ -79,6 +79,7 @@ def build_zoo(
         # a generator for each chunk, all alike: a task's samples do not depend on its chunk
         for chunk in chunks:
             latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run), start)
+    return Zoo(latents, *tasks.question_phrases())
 
 
 def _adapt_chunk(generator, base, tasks, chunk, config, lots, start) -> Tensor:
