@@ -134,7 +134,7 @@ def other_methods(accelerator, base, tasks):
     hvae.requires_grad_(False)
     found = [zoo.latents.sum()]
     for method in ("hypernetwork", "film"):
-        text = TextConfig(method=method, hidden=(8,), dropout=0.1, question_noise=0.1, fit=few)
+        text = TextConfig(method=method, hidden=(8,), question_noise=0.1, fit=few)
         network, _ = train_text_network(base, tasks, tasks, text, **options)
         found.append(network(tasks.batch().question_features).sum())
     config = HyperLDMConfig(hidden=8, blocks=1, prediction_type="v_prediction", fit=few)
