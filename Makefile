@@ -1,11 +1,11 @@
-# make demo | test | export | readme | clean. The virtual environment is made and filled when it is missing or too old.
+# make demo | test | export | readme | docs | clean. The virtual environment is made and filled when it is missing or too old.
 VENV ?= .venv
 PYTHON ?= python3.11
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PACKAGING := settings.ini pyproject.toml setup.py
 
-.PHONY: demo test export readme clean
+.PHONY: demo test export readme docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +24,10 @@ export: $(VENV)/.installed-dev
 # nbs/index.ipynb (and the line under every notebook's title) -> README.md
 readme: $(VENV)/.installed-dev
 	$(BIN)/python tools/readme.py
+
+# the site, into _docs/; look at it with: python -m http.server -d _docs
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # caches and build products; runs/ is yours and stays
 clean:

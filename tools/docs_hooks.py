@@ -10,6 +10,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
+EXPLORER = ROOT / "docs" / "static" / "explorer.html"  # the explorer's page that needs no kernel; without it there is no page about it
 LINK = re.compile(r'(href=")(?![a-z]+:|#|/)([^"#]+)\.ipynb(#[^"]*)?(")')  # notebooks become pages
 
 
@@ -49,6 +50,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     tutorials = [{title_of(file): page_of(file)} for file in notebooks() if file.parent.name == "tutorials"]
     pages = [{name.removeprefix("hyperlatent."): f"reference/{name}.md"} for name in modules()]
     more = [{"Changelog": "changelog.md"}, {"Contributing": "contributing.md"}]
+    if not EXPLORER.exists():
+        guide = next(entry["Guide"] for entry in config.nav if "Guide" in entry)
+        guide[:] = [page for page in guide if "Explorer" not in page]
     config.nav += [{"Tutorials": tutorials}, {"Notebooks": rooms}, {"Reference": pages}, {"Project": more}]
     return config
 
@@ -64,6 +68,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in "CHANGELOG.md", "CONTRIBUTING.md":
         text = (ROOT / file).read_text(encoding="utf-8").replace("](LICENSE)", "](https://www.apache.org/licenses/LICENSE-2.0)")
         files.append(File.generated(config, file.lower(), content=text))
+    if not EXPLORER.exists():
+        files.remove(files.get_file_from_path("explorer.md"))
     return files
 
 
