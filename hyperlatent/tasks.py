@@ -78,7 +78,7 @@ def _flatten(tasks, features, counts, name, dim=None):
         raise TaskError(f"task {question!r} has NaN or infinity in its {name}", "Encode it again")
     return table, runs
 
-# %% ../nbs/03_tasks.ipynb #958915ba
+# %% ../nbs/03_tasks.ipynb #c54ac0eb
 class TaskSet:
     """Tasks with their encoded images, questions and answers.
 
@@ -254,7 +254,7 @@ class TaskSet:
     def _indices(self, indices):
         try: indices = torch.as_tensor(range(len(self)) if indices is None else indices, device=self.device).reshape(-1)
         except (TypeError, ValueError, RuntimeError): raise TaskError("tasks cannot be chosen by that", "Give a list of numbers") from None
-        if len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool or indices.is_complex()):
+        if indices.is_complex() or len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool):
             raise TaskError(f"tasks cannot be chosen by {indices.dtype}", "Give their numbers as integers")
         bad = (indices < 0) | (indices >= len(self))
         if bad.any():
