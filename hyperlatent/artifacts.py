@@ -58,7 +58,7 @@ class Artifact:
     tensors: dict[str, Tensor] = field(repr=False)
     documents: dict[str, Any] = field(default_factory=dict, repr=False)  # contents of the further JSON files
 
-# %% ../nbs/01_artifacts.ipynb #0ead3d6d
+# %% ../nbs/01_artifacts.ipynb #f9adb5fe
 def save_artifact(
     folder: str | Path,
     kind: str,
@@ -70,7 +70,8 @@ def save_artifact(
     documents: Mapping[str, Any] | None = None,  # {name: JSON value}, each written as name.json
 ) -> Artifact:
     "Write a complete folder, or nothing. Raises `ArtifactError` if it cannot be written."
-    folder, documents = Path(os.path.realpath(folder)), dict(documents or {})
+    with explain_os_errors("write", folder): folder = Path(os.path.realpath(folder))
+    documents = dict(documents or {})
     _check_place(folder, documents)
     if wrong := [name for name, value in (inputs or {}).items() if not isinstance(value, str)]:
         raise ArtifactError(f"input {wrong[0]!r} of {str(folder)!r} is not a fingerprint", "Pass its fingerprint")

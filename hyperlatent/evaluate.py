@@ -7,6 +7,7 @@ __all__ = ['Row', 'bootstrap_interval', 'Models', 'unguided_rows', 'majority_sco
            'derangement', 'zero_shot_rows', 'in_order', 'results', 'table', 'read_results', 'seeds_table']
 
 # %% ../nbs/41_evaluate.ipynb #1a93f8ab
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def read_results(folder: str | Path) -> dict:
     path = Path(folder) / "results.json"
     try: found = read_json(path)
     except ArtifactError as error:
-        remedy = "Run `hyperlatent evaluate` on that folder again" if path.is_file() else "Run `hyperlatent demo` into that folder first"
+        remedy = "Run `hyperlatent evaluate` on that folder again" if os.path.isfile(path) else "Run `hyperlatent demo` into that folder first"
         raise ArtifactError(error.problem, remedy) from error
     if not isinstance(found, dict) or not {"seed", "tasks", "rows"} <= set(found):
         raise ArtifactError(f"{path} has no seed, tasks and rows", "Run `hyperlatent evaluate` on that folder again")

@@ -30,7 +30,7 @@ from torch import Tensor
 from .errors import ArtifactError
 from .strict_json import parse_json
 
-# %% ../nbs/00_files.ipynb #668f4d03
+# %% ../nbs/00_files.ipynb #0ed91d26
 def fingerprint_file(path: str | Path) -> str:
     "SHA-256 of a file, in hexadecimal. Raises `ArtifactError` if it cannot be read."
     with explain_os_errors("read", path), open(path, "rb") as f:
@@ -42,7 +42,8 @@ def explain_os_errors(verb: str, path: str | Path):  # "read" or "write"
     "Turn the system's complaint into an `ArtifactError`: the file, what is wrong, and what to do."
     try:
         yield
-    except (OSError, SafetensorError) as e:  # safetensors reports a full disk as an error of its own
+    except (OSError, SafetensorError, ValueError) as e:  # safetensors reports a full disk as an error of its own
+        if isinstance(e, ValueError) and "null byte" not in str(e): raise  # which no path may hold
         remedy = ("Check that the path is right and may be read" if verb == "read" else
                   "Free some space or choose a folder that you may write to")
         raise ArtifactError(f"cannot {verb} {os.fspath(path)!r}: {getattr(e, 'strerror', None) or e}", remedy) from e
@@ -155,11 +156,11 @@ def remove_stale(
         with suppress(FileNotFoundError):  # another writer has just finished with it
             if ours.fullmatch(p.name) and time.time() - p.lstat().st_mtime > age: _remove(p)
 
-# %% ../nbs/00_files.ipynb #bdced894
+# %% ../nbs/00_files.ipynb #2997f3a6
 def being_replaced(path: Path) -> bool:
     "Whether a writer has moved the folder at `path` away, to put another in its place at once."
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
-    return path.parent.is_dir() and any(ours.fullmatch(p.name) for p in path.parent.iterdir())
+    return os.path.isdir(path.parent) and any(ours.fullmatch(p.name) for p in path.parent.iterdir())
 
 # %% ../nbs/00_files.ipynb #ac1bbcf3
 def write_json(path: str | Path, obj: Any):
