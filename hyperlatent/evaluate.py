@@ -165,7 +165,8 @@ def read_results(folder: str | Path) -> dict:
     path = Path(folder) / "results.json"
     try: found = read_json(path)
     except ArtifactError as error:
-        remedy = "Run `hyperlatent evaluate` on that folder again" if os.path.isfile(path) else "Run `hyperlatent demo` into that folder first"
+        again = "Run `hyperlatent evaluate` on that folder again"
+        remedy = again if os.path.isfile(path) else "Run `hyperlatent demo` into that folder first"
         raise ArtifactError(error.problem, remedy) from error
     if not isinstance(found, dict) or not {"seed", "tasks", "rows"} <= set(found):
         raise ArtifactError(f"{path} has no seed, tasks and rows", "Run `hyperlatent evaluate` on that folder again")

@@ -35,6 +35,7 @@ from .hyperclip import HyperCLIP
 from .hyperldm import Denoiser
 from .hypernet import HNet
 from .meta import train_hnet, train_mnet, validation_batches
+from .plugins import load_plugin, plugins
 from .settings import Config
 from .tasks import TaskSet
 from .tracking import start_trackers, tracker_options
@@ -96,14 +97,14 @@ def remove_checkpoints(folder: Path, name: str) -> None:
 
 # %% ../nbs/42_stages.ipynb #448ea1f9
 def load_tasks(
-    config: Config,  # its `tasks` names a folder, or is None for Meta-Scenes
+    config: Config,  # its `tasks` names a folder or an installed source (see `plugins`), or is None for Meta-Scenes
     *,
     device: str | torch.device = "cpu",  # of the tasks
     progress: bool = False,  # show a bar
 ) -> TaskSet:
     "The tasks of a run. Raises `ArtifactError` or `TaskError` for a folder that holds no task set that can be trained on."
     if config.tasks is None: return prepare(config.data, device=device, progress=progress).to(device)
-    tasks = TaskSet.load(config.tasks).to(device)
+    tasks = (load_plugin("sources", config.tasks)() if config.tasks in plugins("sources") else TaskSet.load(config.tasks)).to(device)
     for split in ("meta-train", "meta-test"):
         if not len(tasks.split(split)):
             raise TaskError(f"{config.tasks!r} has no {split} task", "Split its questions into meta-train and meta-test")
