@@ -26,7 +26,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_namespace_packages(include=[library, f"{library}.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
-    package_data={"": ["*.safetensors", "*.json", "*.js", "*.css", "py.typed"]},
+    package_data={"": ["*.safetensors", "*.json", "*.js", "*.css", "*.md", "py.typed"]},
     include_package_data=False,
     install_requires=settings["requirements"].split(),
     extras_require=extras,

@@ -19,6 +19,7 @@ import tyro
 
 from .commands.data import Encoders, Prepare
 from .commands.folder import Rehearse
+from .commands.pipeline import Generate, Predict, Ship
 from .config import from_dict, load_config, to_dict
 from .errors import ConfigError, HyperLatentError
 from .settings import ClipTrainingConfig, Config, preset
@@ -100,7 +101,7 @@ def say(line: str) -> None:
 
 # %% ../nbs/43_cli.ipynb #8d81f5cb
 COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "rehearse": Rehearse,
-            "encoders": Encoders, "train-clip": TrainClip}
+            "encoders": Encoders, "train-clip": TrainClip, "generate": Generate, "predict": Predict, "ship": Ship}
 
 
 def base_settings(arguments: Sequence[str]) -> Config:

@@ -141,7 +141,7 @@ class Tokenizer:
         words = list(dict.fromkeys(re.findall(r"\w+|[^\w\s]+", text.lower())))
         return [word for word, tokens in zip(words, self(words)) if (tokens == UNKNOWN).any()]
 
-# %% ../nbs/10_clip_encoder.ipynb #f3309a12
+# %% ../nbs/10_clip_encoder.ipynb #c8225dba
 @dataclass(eq=False, repr=False)
 class CLIPEncoder:
     "A CLIP model with what belongs to it. `hyperlatent.encoders.load_encoder` makes one."
@@ -156,6 +156,7 @@ class CLIPEncoder:
     dim = property(lambda self: self.architecture["embed_dim"], doc="Numbers in a feature.")
     device = property(lambda self: next(self.model.parameters()).device)
     token_ids = property(lambda self: self.tokenizer.token_ids, doc="Of a vocabulary that is cut down, else None.")
+    word_vectors = property(lambda self: self.model.token_embedding.weight.detach(), doc="The text tower's input: (token, width).")
 
     def to(self, device: str | torch.device) -> "CLIPEncoder":
         "Move the model to `device`."

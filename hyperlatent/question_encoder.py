@@ -15,16 +15,16 @@ from torch.nn import functional as F
 
 from .errors import EncoderError
 
-# %% ../nbs/10_question_encoder.ipynb #314bb689
+# %% ../nbs/10_question_encoder.ipynb #7a2b7d30
 class QuestionEncoder:
     "Questions to unit vectors: the mean over tokens of the text encoder's input embeddings, minus `centre`."
 
     def __init__(
         self,
-        clip,  # a `CLIPEncoder`: its tokenizer and its table of word vectors
+        clip,  # a `CLIPEncoder`, or what else has `tokenize` and `word_vectors`
         centre: Float[Tensor, "question_dim"] | None = None,  # see `fit`; zero by default
     ):
-        self.clip, self.table = clip, clip.model.token_embedding.weight.detach()
+        self.clip, self.table = clip, clip.word_vectors
         self.centre = torch.zeros(self.dim) if centre is None else centre
         if self.centre.shape != (self.dim,):
             raise EncoderError(f"the questions' centre has {len(self.centre)} numbers and this encoder's words have {self.dim}",
