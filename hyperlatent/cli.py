@@ -6,7 +6,7 @@
 __all__ = ['Settings', 'COMMANDS', 'Demo', 'Train', 'Evaluate', 'TrainClip', 'Table', 'say', 'base_settings', 'merged', 'parse',
            'main']
 
-# %% ../nbs/43_cli.ipynb #3cc7445d
+# %% ../nbs/43_cli.ipynb #e729e403
 import json
 import os
 import sys
@@ -99,7 +99,7 @@ def say(line: str) -> None:
     "Print a line at once, also into a file or pipe."
     print(line, flush=True)
 
-# %% ../nbs/43_cli.ipynb #8d81f5cb
+# %% ../nbs/43_cli.ipynb #11a3295b
 COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "rehearse": Rehearse,
             "encoders": Encoders, "train-clip": TrainClip, "generate": Generate, "predict": Predict, "ship": Ship}
 

@@ -76,7 +76,7 @@ def _check_finite(z):
     if not z.isfinite().all():
         raise HyperLatentError("guidance led latents to NaN or infinity", "Lower guidance_scale or learning_rate")
 
-# %% ../nbs/33_guidance.ipynb #2d18685c
+# %% ../nbs/33_guidance.ipynb #9e75055b
 def _changed(z, seeds, like):
     "Latents that a callback has returned."
     shape = (*seeds.shape, like.shape[-1])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILES', 'find_pipeline', 'model_card', 'upload']
 
-# %% ../nbs/38_hub.ipynb #d0cabbe4
+# %% ../nbs/38_hub.ipynb #ceb8f938
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .encoders import MODELS
 from .errors import ArtifactError, HyperLatentError
 from .pipeline_parts import PipelineParts
 
-# %% ../nbs/38_hub.ipynb #212d096a
+# %% ../nbs/38_hub.ipynb #8fa0162f
 FILES = ["artifact.json", "weights.safetensors", "pipeline.json", "background.json"]  # of a pipeline; nothing else is downloaded
 
 
@@ -34,7 +34,7 @@ def find_pipeline(
         raise ArtifactError(f"{name!r} is no folder, and cannot be downloaded: {type(e).__name__}: {str(e)[:300]}",
                             "Check name and connection, or give a local folder") from e
 
-# %% ../nbs/38_hub.ipynb #b14304c7
+# %% ../nbs/38_hub.ipynb #86822269
 def model_card(parts: PipelineParts, name: str = "scenes") -> str:
     "A model card in Markdown, with the hub's front matter: what it is, how to use it, how well it does, what it needs."
     contract = parts.config.contract
@@ -51,7 +51,7 @@ def _results(rows: list[dict]) -> str:
     lines = [f"| {row['method']} | {number(row)} | {100 * row['accuracy']:.1f} |" for row in rows]
     return "\n".join(["| method | guidance scale | accuracy, % |", "|---|---|---|", *lines])
 
-# %% ../nbs/38_hub.ipynb #419ecb71
+# %% ../nbs/38_hub.ipynb #3a877829
 _CARD = """---
 library_name: hyperlatent
 license: apache-2.0
@@ -104,7 +104,7 @@ It knows questions like those it was trained on. Others get an answer too, with 
 Apache License 2.0.
 """
 
-# %% ../nbs/38_hub.ipynb #a62b84f4
+# %% ../nbs/38_hub.ipynb #c1214773
 def upload(
     folder: Path,  # a saved pipeline
     repo_id: str,  # "owner/repository"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HyperLatentPipeline']
 
-# %% ../nbs/43_pipeline.ipynb #c223d452
+# %% ../nbs/43_pipeline.ipynb #2cf9a1c3
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ from .pipeline_inputs import as_answers, as_count, as_features, as_questions
 from .questions_to_weights import HyperLatentOutput, QuestionsToWeights
 from .tasks import Samples, Task, TaskBatch, TaskSet
 
-# %% ../nbs/43_pipeline.ipynb #d834992b
+# %% ../nbs/43_pipeline.ipynb #c920f88b
 class HyperLatentPipeline(QuestionsToWeights):
     "Questions to weights, and what these are good for: `from_pretrained`, a call, `predict`, `infer_task`, `adapt`."
 
@@ -109,7 +109,8 @@ class HyperLatentPipeline(QuestionsToWeights):
             known = {answer: i for i, answer in enumerate(answers)} | {i: i for i in range(len(answers))}
             if wrong := [x for x in labels if not isinstance(x, str | int) or x not in known]:
                 raise TaskError(f"label {str(wrong[0])[:60]!r} is none of the answers", f"Use {', '.join(answers[:5])}")
-            if len(labels) != len(number): raise TaskError(f"there are {len(labels)} labels for {len(number)} pictures", "Give one for each")
+            if len(labels) != len(number):
+                raise TaskError(f"there are {len(labels)} labels for {len(number)} pictures", "Give one for each")
             number = torch.tensor([known[x] for x in labels], device=like.device)
         samples = Samples(features, number[None], torch.ones_like(number, dtype=torch.bool)[None])
         texts = self._answer_features(question, answers, prompts).to(like)[None]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GUIDERS', 'make_guide', 'check_options']
 
-# %% ../nbs/37_pipeline_guides.ipynb #6173727e
+# %% ../nbs/37_pipeline_guides.ipynb #9ca5c375
 import difflib
 import inspect
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from .pipeline_inputs import as_number
 from .pipeline_parts import PipelineParts
 from .trajectory import Trajectory
 
-# %% ../nbs/37_pipeline_guides.ipynb #1f0efb80
+# %% ../nbs/37_pipeline_guides.ipynb #c97eb410
 GUIDERS = ("classifier-free", "classifier")
 _NUMBERS = {"guidance_scale": -1e6, "guidance_rescale": 0.0, "eta": 0.0, "learning_rate": 0.0, "prior_weight": 0.0, "noise": 0.0}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_questions', 'as_answers', 'as_features', 'as_number', 'as_count', 'as_seeds']
 
-# %% ../nbs/37_pipeline_inputs.ipynb #8fd00028
+# %% ../nbs/37_pipeline_inputs.ipynb #38cb1460
 import math
 import os
 import warnings
@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import HyperLatentError, TaskError
 from .guidance import sample_seeds
 
-# %% ../nbs/37_pipeline_inputs.ipynb #0b429c75
+# %% ../nbs/37_pipeline_inputs.ipynb #7a6fe8ed
 def as_questions(
     question: Any,  # a text or several
     unknown_words: Callable[[str], list[str]] | None = None,  # of the encoder: for a warning
@@ -57,7 +57,7 @@ def _texts(value: Any, what: str, several: bool) -> list[str]:
         except UnicodeEncodeError: raise TaskError(f"{what} {text[:60]!a} is no valid Unicode", "Repair its encoding") from None
     return texts
 
-# %% ../nbs/37_pipeline_inputs.ipynb #c34be5c5
+# %% ../nbs/37_pipeline_inputs.ipynb #9a4d84bb
 def as_features(
     images: Any,  # pictures or features
     dim: int,  # numbers per feature
@@ -81,7 +81,7 @@ def as_features(
     if not len(images): raise HyperLatentError("there is no picture", "Give at least one")
     return encode(images)
 
-# %% ../nbs/37_pipeline_inputs.ipynb #3c765279
+# %% ../nbs/37_pipeline_inputs.ipynb #0e411e1d
 def as_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     "A finite number within its bounds, else a `HyperLatentError`."
     if isinstance(value, Tensor) and value.ndim == 0: value = value.item()

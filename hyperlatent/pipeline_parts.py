@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KIND', 'FORMAT', 'PipelineConfig', 'Background', 'PipelineParts', 'save_parts', 'load_parts']
 
-# %% ../nbs/36_pipeline_parts.ipynb #60972755
+# %% ../nbs/36_pipeline_parts.ipynb #2e0179d4
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +112,7 @@ def save_parts(
     save_artifact(folder, KIND, compact(tensors, dtype), metrics=parts.metrics,
                   documents={"pipeline": about, "background": background})
 
-# %% ../nbs/36_pipeline_parts.ipynb #191c5bb0
+# %% ../nbs/36_pipeline_parts.ipynb #eb113823
 def load_parts(folder: str | Path) -> PipelineParts:
     "Read and check what `save_parts` wrote. Raises `ArtifactError`, or `ConfigError` for a setting that does not exist."
     artifact = load_artifact(folder, KIND)

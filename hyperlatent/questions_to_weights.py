@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HyperLatentOutput', 'QuestionsToWeights']
 
-# %% ../nbs/42_questions_to_weights.ipynb #c55048ae
+# %% ../nbs/42_questions_to_weights.ipynb #12b6527d
 import inspect
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from .pipeline_parts import Background, PipelineConfig, PipelineParts, load_part
 from .question_encoder import QuestionEncoder
 from .trajectory import Trajectory
 
-# %% ../nbs/42_questions_to_weights.ipynb #e9434619
+# %% ../nbs/42_questions_to_weights.ipynb #b4ab1b0b
 @dataclass
 class HyperLatentOutput:
     "What guidance found for some questions."
@@ -38,7 +38,7 @@ class HyperLatentOutput:
     trajectory: Trajectory  # how guidance came to the latents
     seeds: Int[Tensor, "sample task"]  # of every chain: pass them as `seeds` to get the same again
 
-# %% ../nbs/42_questions_to_weights.ipynb #f452ce94
+# %% ../nbs/42_questions_to_weights.ipynb #7b28a455
 class QuestionsToWeights:
     "Everything that has been trained to make weights from questions, and the encoders that it belongs to."
 

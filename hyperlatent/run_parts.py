@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parts_of_run']
 
-# %% ../nbs/42_run_parts.ipynb #c62e8a06
+# %% ../nbs/42_run_parts.ipynb #8781e96b
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .stages import RESULTS, SETTINGS, load_models, load_tasks
 from .tasks import TaskSet
 from .word_table import WordTable
 
-# %% ../nbs/42_run_parts.ipynb #45db6705
+# %% ../nbs/42_run_parts.ipynb #f96e3b3e
 def parts_of_run(
     folder: str | Path,  # that `hyperlatent demo` or `train` has filled
 ) -> PipelineParts:
@@ -54,7 +54,7 @@ def _question_encoder(clip, train: TaskSet) -> QuestionEncoder:
                            "Only runs whose questions were can be made a pipeline")
     return encode
 
-# %% ../nbs/42_run_parts.ipynb #052e9ce0
+# %% ../nbs/42_run_parts.ipynb #1f6e0c2f
 def _settings(config: Config, source: dict, contract: dict) -> PipelineConfig:
     ldm, walk = config.hyperldm, config.hyperclip
     return PipelineConfig(

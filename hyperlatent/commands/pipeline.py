@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Generate', 'Predict', 'read_weights', 'Ship']
 
-# %% ../../nbs/43_commands_pipeline.ipynb #dd46c3a8
+# %% ../../nbs/43_commands_pipeline.ipynb #db8c250c
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import tyro
 
 from ..errors import ArtifactError, ConfigError
 
-# %% ../../nbs/43_commands_pipeline.ipynb #7cc9c116
+# %% ../../nbs/43_commands_pipeline.ipynb #a1d986af
 @dataclass
 class Generate:
     "Weights for a question, without an example, into a safetensors file."
@@ -53,7 +53,7 @@ class Generate:
                     num_inference_steps=self.num_inference_steps, scheduler=self.scheduler, negative_question=self.negative_question,
                     generator=torch.Generator().manual_seed(self.seed))
 
-# %% ../../nbs/43_commands_pipeline.ipynb #12381a75
+# %% ../../nbs/43_commands_pipeline.ipynb #b2c1bc9b
 @dataclass
 class Predict:
     "Answer a question about pictures with weights that are generated for it, or that `generate` has written."
@@ -89,7 +89,7 @@ def read_weights(path: Path) -> Any:
     except (OSError, SafetensorError) as e:
         raise ArtifactError(f"cannot read weights from {str(path)!r}: {e}", "Give a file of hyperlatent generate") from e
 
-# %% ../../nbs/43_commands_pipeline.ipynb #f77d7d69
+# %% ../../nbs/43_commands_pipeline.ipynb #46a10fe2
 @dataclass
 class Ship:
     "Make a pipeline of a finished run: one folder, small enough to send, for from_pretrained and the hub."

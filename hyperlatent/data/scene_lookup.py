@@ -55,7 +55,7 @@ def scene_prompts(
         return [prompt(question, known.index(answer)) for answer in answers]
     return [f"the object is {answer}" for answer in answers]
 
-# %% ../../nbs/15_scene_lookup.ipynb #a9acf913
+# %% ../../nbs/15_scene_lookup.ipynb #1b8d6c5c
 def question_task(
     text: str,  # a question of the grammar, in any wording
     config: ScenesConfig | None = None,  # of the data set; None: its defaults
