@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['sample_seeds', 'guided_output', 'ClassifierFreeGuidance', 'ClassifierGuidance']
 
-# %% ../nbs/33_guidance.ipynb #a7cbf81b
+# %% ../nbs/33_guidance.ipynb #c6b5d6ea
 import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Float, Int
@@ -20,24 +21,25 @@ from .inference import for_inference
 from .schedulers import check_scheduler, check_steps, predicted_z0, set_timesteps
 from .trajectory import Trajectory
 
-# %% ../nbs/33_guidance.ipynb #a9a7bce3
+# %% ../nbs/33_guidance.ipynb #74e7adb8
 def sample_seeds(
     num_samples: int,  # chains per task
     generator: torch.Generator | None = None,  # draws the seeds; None: torch's default one
     num_tasks: int = 1,  # tasks, which share the seeds
 ) -> Int[Tensor, "sample task"]:
     "One seed per sample, shared by the tasks."
-    if num_samples < 1:
-        raise HyperLatentError(f"num_samples is {num_samples}", "Ask for at least one sample")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
+        raise HyperLatentError(f"num_samples is {num_samples!r}", "Ask for a whole number of samples, at least one")
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**63 - 1, (num_samples, 1), generator=generator, device=device)
     return seeds.cpu().expand(num_samples, num_tasks)
 
-# %% ../nbs/33_guidance.ipynb #a9321ad0
+# %% ../nbs/33_guidance.ipynb #56a181d0
 def _chain_seeds(seeds, num_samples, num_tasks, generator):
     "The (sample, task) seeds of a call: new ones, or those given if there is one for every chain."
     if seeds is None:
         return sample_seeds(1 if num_samples is None else num_samples, generator, num_tasks)
+    _check_tensor(seeds, "seeds")
     samples = num_samples if num_samples is not None or not seeds.ndim else len(seeds)
     if seeds.dtype != torch.int64 or tuple(seeds.shape) != (samples, num_tasks) or not samples:
         raise HyperLatentError(
@@ -54,9 +56,16 @@ def _generators(seeds: Int[Tensor, "sample task"]) -> list[torch.Generator]:
 def _noise(generators, like: Float[Tensor, "..."]) -> Float[Tensor, "chain latent"]:
     return torch.cat([torch.randn((1, like.shape[-1]), generator=g) for g in generators]).to(like)
 
-# %% ../nbs/33_guidance.ipynb #db0925d8
+# %% ../nbs/33_guidance.ipynb #093a813f
+def _check_tensor(x, name):
+    if not isinstance(x, Tensor) or x.is_complex() or x.is_meta:
+        what = f"a {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise HyperLatentError(f"{name} is {what}", "Pass a tensor of real numbers")
+
+
 def _check_features(features, dim, name, like):
     "Features as a (task, dim) tensor of the model's type and device."
+    _check_tensor(features, name)
     rows = features[None] if features.ndim == 1 else features
     if rows.ndim != 2 or rows.shape[1] != dim or not len(rows):
         raise HyperLatentError(f"{name} has shape {tuple(features.shape)}, not (task, {dim})",
@@ -67,9 +76,10 @@ def _check_features(features, dim, name, like):
 
 
 def _check_number(name, value, low=-math.inf, high=math.inf):
-    if not (math.isfinite(value) and low <= value <= high):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (number and low <= value <= high and -1e300 < value < 1e300):  # no overflow, whatever is compared
         allowed = "finite number" if math.isinf(high) and math.isinf(low) else f"number from {low:g} to {high:g}"
-        raise HyperLatentError(f"{name} is {value}", f"Pass a {allowed}")
+        raise HyperLatentError(f"{name} is {str(value)[:40]}", f"Pass a {allowed}")
 
 
 def _check_finite(z):
@@ -150,7 +160,7 @@ class ClassifierFreeGuidance:
         denoiser, scheduler = for_inference(self.denoiser, packed=True), copy.deepcopy(self.scheduler)  # it keeps a state
         _check_number("guidance_scale", guidance_scale)
         _check_number("guidance_rescale", guidance_rescale, 0, 1)
-        low, high = guidance_interval
+        low, high = guidance_interval if isinstance(guidance_interval, Sequence) and len(guidance_interval) == 2 else (None, None)
         _check_number("guidance_interval's start", low, 0, 1)
         _check_number("guidance_interval's end", high, low, 1)
         question, negative = self._features(question_features, negative_features)
@@ -238,7 +248,7 @@ class ClassifierGuidance:
         Raises `HyperLatentError` for shapes that do not fit, numbers out of range and latents that overflow."""
         check_steps(num_inference_steps)
         for name, value in dict(learning_rate=learning_rate, prior_weight=prior_weight, noise=noise).items():
-            _check_number(name, value, 0)
+            _check_number(name, value, 0, 1e6)
         # a caller's no_grad or inference_mode must not reach the gradient with respect to z
         with torch.inference_mode(False), torch.enable_grad():
             hyperclip, network = for_inference(self.hyperclip), for_inference(self.generator_network)
@@ -275,6 +285,7 @@ class ClassifierGuidance:
 
     @staticmethod
     def _start(z, shape):
+        _check_tensor(z, "z")
         try:
             return z.detach().expand(shape).clone()
         except RuntimeError:
