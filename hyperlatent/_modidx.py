@@ -827,6 +827,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'hyperlatent/pipeline_parts.py'),
                                             'hyperlatent.pipeline_parts.save_parts': ( 'pipeline_parts.html#save_parts',
                                                                                        'hyperlatent/pipeline_parts.py')},
+            'hyperlatent.plugins': { 'hyperlatent.plugins.load_plugin': ('plugins.html#load_plugin', 'hyperlatent/plugins.py'),
+                                     'hyperlatent.plugins.plugins': ('plugins.html#plugins', 'hyperlatent/plugins.py')},
             'hyperlatent.question_encoder': { 'hyperlatent.question_encoder.QuestionEncoder': ( 'question_encoder.html#questionencoder',
                                                                                                 'hyperlatent/question_encoder.py'),
                                               'hyperlatent.question_encoder.QuestionEncoder.__call__': ( 'question_encoder.html#questionencoder.__call__',

@@ -21,15 +21,15 @@ from .inference import for_inference
 from .schedulers import check_scheduler, check_steps, predicted_z0, set_timesteps
 from .trajectory import Trajectory
 
-# %% ../nbs/33_guidance.ipynb #74e7adb8
+# %% ../nbs/33_guidance.ipynb #778c4390
 def sample_seeds(
     num_samples: int,  # chains per task
     generator: torch.Generator | None = None,  # draws the seeds; None: torch's default one
     num_tasks: int = 1,  # tasks, which share the seeds
 ) -> Int[Tensor, "sample task"]:
     "One seed per sample, shared by the tasks."
-    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or num_samples < 1:
-        raise HyperLatentError(f"num_samples is {num_samples!r}", "Ask for a whole number of samples, at least one")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, Integral) or not 1 <= num_samples <= 10**5:
+        raise HyperLatentError(f"num_samples is {str(num_samples)[:40]}", "Ask for a whole number of samples, from 1 to 100000")
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**63 - 1, (num_samples, 1), generator=generator, device=device)
     return seeds.cpu().expand(num_samples, num_tasks)
