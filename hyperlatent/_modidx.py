@@ -276,6 +276,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'hyperlatent.data.folder.check_tasks_of': ( 'folder.html#check_tasks_of',
                                                                                      'hyperlatent/data/folder.py'),
                                          'hyperlatent.data.folder.check_words': ('folder.html#check_words', 'hyperlatent/data/folder.py'),
+                                         'hyperlatent.data.folder.default_questions': ( 'folder.html#default_questions',
+                                                                                        'hyperlatent/data/folder.py'),
                                          'hyperlatent.data.folder.encode_tasks': ('folder.html#encode_tasks', 'hyperlatent/data/folder.py'),
                                          'hyperlatent.data.folder.prepare_folder': ( 'folder.html#prepare_folder',
                                                                                      'hyperlatent/data/folder.py'),

@@ -282,6 +282,14 @@ def test_words_the_encoder_does_not_know(folder, tmp_path, capsys):
     assert main(arguments) == 1 and "flavour" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_tasks_only(folder, tmp_path):
+    from hyperlatent.data.named_tasks import load_named_tasks
+
+    (tmp_path / "t.csv").write_text(csv_of(GOOD))
+    assert main(["prepare", "folder", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--pictures", str(folder), "--tasks-only"]) == 0
+    assert load_named_tasks(tmp_path / "out") == read_tasks(tmp_path / "t.csv", folder)
+
+
 def test_an_encoder_of_ones_own(folder, tmp_path):
     class Mine:
         def encode_images(self, paths, progress=False):

@@ -15,7 +15,7 @@ import tyro
 
 from ..settings import preset as preset_of
 
-# %% ../../nbs/43_commands_folder.ipynb #3e1fc039
+# %% ../../nbs/43_commands_folder.ipynb #d213d956
 @dataclass
 class Folder:
     "Encoded tasks out of a table of questions, answers and pictures. All its faults are listed, and then nothing is written."
@@ -24,21 +24,29 @@ class Folder:
     pictures: Path | None = None  # folder that the pictures' paths are relative to; by default the table's
     encoder: str = "scenes"  # or an open_clip architecture, "hf-hub:owner/repository", or a folder
     pretrained: str | None = None  # for an architecture: open_clip's tag, or a safetensors file
+    questions: str | None = None  # encoder of the questions: "words", "clip" or a sentence encoder; by default words if there are vectors
     device: str | None = None  # of the encoder
+    tasks_only: bool = False  # write tasks.json for `prepare features`, which can be interrupted, instead of encoding
     support_share: float = 0.7  # of each answer's pictures; the rest is query
     validation_share: float = 0.1  # of the questions, if the table names no split
     test_share: float = 0.3  # of the questions, if the table names no split
     seed: int = 2021  # of that split
 
     def run(self) -> None:
-        from hyperlatent.data.folder import prepare_folder
+        from hyperlatent.data.folder import prepare_folder, read_tasks
+        from hyperlatent.data.named_tasks import save_named_tasks
         from hyperlatent.data.table import TableError
 
-        try: tasks = prepare_folder(**vars(self), progress=sys.stderr.isatty())
+        options = vars(self) | dict(progress=sys.stderr.isatty())
+        try:
+            if not options.pop("tasks_only"): return print(prepare_folder(**options), f"in {self.out}")
+            for name in ("out", "encoder", "pretrained", "questions", "device"): del options[name]
+            tasks = read_tasks(**options)
         except TableError as error:
             print(error.report, file=sys.stderr)
             raise
-        print(tasks, f"in {self.out}")
+        save_named_tasks(self.out, tasks)
+        print(f"{len(tasks)} tasks in {self.out}; next: hyperlatent prepare features")
 
 
 @dataclass
