@@ -286,7 +286,8 @@ def test_tasks_only(folder, tmp_path):
     from hyperlatent.data.named_tasks import load_named_tasks
 
     (tmp_path / "t.csv").write_text(csv_of(GOOD))
-    assert main(["prepare", "folder", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--pictures", str(folder), "--tasks-only"]) == 0
+    arguments = ["prepare", "folder", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--pictures", str(folder)]
+    assert main([*arguments, "--tasks-only"]) == 0
     assert load_named_tasks(tmp_path / "out") == read_tasks(tmp_path / "t.csv", folder)
 
 
