@@ -14,8 +14,8 @@ from typing import Any
 
 from .errors import TaskError
 
-# %% ../nbs/03_questions.ipynb #3b40fe56
-SPLITS = ("meta-train", "meta-validation", "meta-test")
+# %% ../nbs/03_questions.ipynb #3c94d36f
+SPLITS = ("meta-train", "meta-validation", "meta-test", "unconditional")  # the last: for the unconditional generator only
 
 
 @dataclass(frozen=True)

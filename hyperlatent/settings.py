@@ -65,7 +65,11 @@ class ClipTrainingConfig:
     fit: FitConfig = FitConfig(steps=6500, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98),
                                validate_every=650, checkpoint_every=325)
 
+<<<<<<< HEAD
 # %% ../nbs/02_settings.ipynb #92fce7ba
+=======
+# %% ../nbs/02_settings.ipynb #b932ab9d
+>>>>>>> 714c06d (COCO n-way tasks for the unconditional generator)
 @dataclass(frozen=True)
 class MultitaskConfig:
     "MNet: one weight vector for all tasks."
@@ -84,6 +88,7 @@ class GeneratorConfig:
     output_scale: float = 1.0  # standard deviation of the weights generated at first
     method: Literal["auto_decoder", "joint", "fomaml", "maml", "multitask"] = "fomaml"
     samples_per_task: int = 50  # per step; at most this many of a task's samples
+    unconditional_share: float = 0.5  # of the tasks of a step, where the task set has tasks without a language description
     inner: AdaptConfig = AdaptConfig()
     latent_noise: float = 0.3  # auto_decoder, joint: noise on the tasks' latents
     offset_penalty: float = 1e-3  # auto_decoder, joint: of the squared distance to the start, or prior

@@ -7,7 +7,7 @@ __all__ = ['RESULTS', 'SETTINGS', 'FIGURES', 'Chain', 'Made', 'remove_checkpoint
            'load_multitask', 'load_zoo', 'train', 'load_models', 'evaluate', 'opened', 'make_accelerator', 'run',
            'finish', 'draw_trajectories']
 
-# %% ../nbs/42_stages.ipynb #bfec1208
+# %% ../nbs/42_stages.ipynb #d4457d3f
 import os
 import textwrap
 import time
@@ -151,7 +151,11 @@ def load_zoo(artifact: Artifact, device: str | torch.device = "cpu") -> Zoo:
     "The adapted latents of a stage. Raises `ArtifactError` if they are something else."
     with _fitting(artifact, "zoo"): return Zoo(**{name: x.to(device) for name, x in artifact.tensors.items()})
 
+<<<<<<< HEAD
 # %% ../nbs/42_stages.ipynb #2d07819a
+=======
+# %% ../nbs/42_stages.ipynb #2dcc82cf
+>>>>>>> 714c06d (COCO n-way tasks for the unconditional generator)
 def train(chain: Chain) -> None:
     "All stages of training, in order."
     config, tasks, device = chain.config, chain.tasks, chain.accelerator.device
@@ -166,10 +170,18 @@ def train(chain: Chain) -> None:
     chain.stage("multitask", ["base", "multitask"], made_from, lambda checkpoint: made_network(
         *train_mnet(base, meta_train, validation, config.multitask, **options(checkpoint)), adapter))
 
+<<<<<<< HEAD
     architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden,
                         question_dim=meta_train.question_dim if config.hnet.method == "joint" else 0)
+=======
+    # tasks without a description are seen here only: neither the zoo nor a guide learns from them
+    labelled, unconditional = ([i for i, t in enumerate(tasks.tasks) if t.split == s] for s in ("meta-train", "unconditional"))
+    generator_tasks = tasks.subset(labelled + unconditional)
+    architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden)
+>>>>>>> 714c06d (COCO n-way tasks for the unconditional generator)
     hnet = chain.stage("hnet", ["base", "hnet"], made_from, lambda checkpoint: made_network(
-        *train_hnet(base, meta_train, validation, config.hnet, **options(checkpoint)), architecture))
+        *train_hnet(base, generator_tasks, validation, config.hnet, num_unconditional=len(unconditional), **options(checkpoint)),
+        architecture))
     network = load_network(HNet, hnet, device)
 
     made_from = {"tasks": tasks.fingerprint, "hnet": hnet.fingerprint}
@@ -230,7 +242,7 @@ def _make_rows(chain, models):
     return Made({"per_task": torch.stack([row.per_task.cpu() for row in rows])}, remark,
                 documents={"rows": [dict(method=row.method, guidance_scale=row.guidance_scale) for row in rows]})
 
-# %% ../nbs/42_stages.ipynb #df997323
+# %% ../nbs/42_stages.ipynb #8bd6a298
 @contextmanager
 def opened(
     out: str | Path,
@@ -275,7 +287,7 @@ def make_accelerator(config: Config, **options):  # options: of `accelerate.Acce
         raise ConfigError(f"there is no device {config.device!r} here", "Leave device out to take what there is")
     return accelerator
 
-# %% ../nbs/42_stages.ipynb #d9232b88
+# %% ../nbs/42_stages.ipynb #cd5d1090
 def run(out: str | Path, config: Config, **options: Any) -> None:  # options: of `opened`
     "The whole chain into a folder. What is complete is reused, what was interrupted is resumed."
     with opened(out, config, **options) as chain:

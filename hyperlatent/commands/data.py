@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from .features import Downloads, Features
+from .features import Coco, Downloads, Features
 from .folder import Folder, RehearsalTasks
 from ..errors import ConfigError
 from ..settings import ScenesConfig
@@ -61,7 +61,8 @@ class MetaVQA:
 # %% ../../nbs/43_commands_data.ipynb #9ff1b41b
 Source = (Annotated[Scenes, tyro.conf.subcommand("scenes")] | Annotated[MetaVQA, tyro.conf.subcommand("metavqa")]
           | Annotated[Folder, tyro.conf.subcommand("folder")] | Annotated[RehearsalTasks, tyro.conf.subcommand("rehearsal")]
-          | Annotated[Features, tyro.conf.subcommand("features")] | Annotated[Downloads, tyro.conf.subcommand("downloads")])
+          | Annotated[Features, tyro.conf.subcommand("features")] | Annotated[Coco, tyro.conf.subcommand("coco")]
+          | Annotated[Downloads, tyro.conf.subcommand("downloads")])
 
 
 @dataclass
