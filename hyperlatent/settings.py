@@ -65,11 +65,7 @@ class ClipTrainingConfig:
     fit: FitConfig = FitConfig(steps=6500, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98),
                                validate_every=650, checkpoint_every=325)
 
-<<<<<<< HEAD
 # %% ../nbs/02_settings.ipynb #92fce7ba
-=======
-# %% ../nbs/02_settings.ipynb #b932ab9d
->>>>>>> 714c06d (COCO n-way tasks for the unconditional generator)
 @dataclass(frozen=True)
 class MultitaskConfig:
     "MNet: one weight vector for all tasks."

@@ -151,11 +151,7 @@ def load_zoo(artifact: Artifact, device: str | torch.device = "cpu") -> Zoo:
     "The adapted latents of a stage. Raises `ArtifactError` if they are something else."
     with _fitting(artifact, "zoo"): return Zoo(**{name: x.to(device) for name, x in artifact.tensors.items()})
 
-<<<<<<< HEAD
 # %% ../nbs/42_stages.ipynb #2d07819a
-=======
-# %% ../nbs/42_stages.ipynb #2dcc82cf
->>>>>>> 714c06d (COCO n-way tasks for the unconditional generator)
 def train(chain: Chain) -> None:
     "All stages of training, in order."
     config, tasks, device = chain.config, chain.tasks, chain.accelerator.device
@@ -170,15 +166,12 @@ def train(chain: Chain) -> None:
     chain.stage("multitask", ["base", "multitask"], made_from, lambda checkpoint: made_network(
         *train_mnet(base, meta_train, validation, config.multitask, **options(checkpoint)), adapter))
 
-<<<<<<< HEAD
-    architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden,
-                        question_dim=meta_train.question_dim if config.hnet.method == "joint" else 0)
-=======
     # tasks without a description are seen here only: neither the zoo nor a guide learns from them
     labelled, unconditional = ([i for i, t in enumerate(tasks.tasks) if t.split == s] for s in ("meta-train", "unconditional"))
+    if config.hnet.method == "joint": unconditional = []  # its latents come with a description
     generator_tasks = tasks.subset(labelled + unconditional)
-    architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden)
->>>>>>> 714c06d (COCO n-way tasks for the unconditional generator)
+    architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden,
+                        question_dim=meta_train.question_dim if config.hnet.method == "joint" else 0)
     hnet = chain.stage("hnet", ["base", "hnet"], made_from, lambda checkpoint: made_network(
         *train_hnet(base, generator_tasks, validation, config.hnet, num_unconditional=len(unconditional), **options(checkpoint)),
         architecture))
