@@ -158,8 +158,7 @@ def train(chain: Chain) -> None:
     meta_train, validation = tasks.split("meta-train"), tasks.split("meta-validation")
     made_from = {"tasks": tasks.fingerprint}
     options = lambda checkpoint: dict(seed=config.seed, checkpoint=checkpoint, progress=chain.progress,
-                                      accelerator=chain.accelerator,
-                                      name=checkpoint.name.rpartition("-")[0])  # the stage's name, before the fingerprint
+                                      accelerator=chain.accelerator, name=checkpoint.name.rpartition("-")[0])  # without fingerprint
 
     adapter = dict(dim=tasks.dim, **vars(config.base))
     base = CLIPAdapter(**adapter)
@@ -167,14 +166,11 @@ def train(chain: Chain) -> None:
         *train_mnet(base, meta_train, validation, config.multitask, **options(checkpoint)), adapter))
 
     # tasks without a description are seen here only: neither the zoo nor a guide learns from them
-    labelled, unconditional = ([i for i, t in enumerate(tasks.tasks) if t.split == s] for s in ("meta-train", "unconditional"))
-    if config.hnet.method == "joint": unconditional = []  # its latents come with a description
-    generator_tasks = tasks.subset(labelled + unconditional)
+    seen = meta_train if config.hnet.method == "joint" else tasks.split("meta-train", "unconditional")
     architecture = dict(n_weights=base.n_weights, latent_dim=config.hnet.latent_dim, hidden=config.hnet.hidden,
                         question_dim=meta_train.question_dim if config.hnet.method == "joint" else 0)
-    hnet = chain.stage("hnet", ["base", "hnet"], made_from, lambda checkpoint: made_network(
-        *train_hnet(base, generator_tasks, validation, config.hnet, num_unconditional=len(unconditional), **options(checkpoint)),
-        architecture))
+    hnet = chain.stage("hnet", ["base", "hnet"], made_from, lambda path: made_network(
+        *train_hnet(base, seen, validation, config.hnet, num_unconditional=len(seen) - len(meta_train), **options(path)), architecture))
     network = load_network(HNet, hnet, device)
 
     made_from = {"tasks": tasks.fingerprint, "hnet": hnet.fingerprint}

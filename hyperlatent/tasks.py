@@ -149,11 +149,11 @@ class TaskSet:
         runs = {k: v[at] for k, v in vars(self).items() if isinstance(v, Runs)}
         return self._with(tasks=tuple(self.tasks[i] for i in at.tolist()), _keys=self._keys[at], **runs)
 
-    def split(self, name: str) -> "TaskSet":
-        "The tasks of one split; there may be none."
-        if name not in SPLITS:
-            raise TaskError(f"there is no split {name!r}", f"Choose one of {', '.join(SPLITS)}")
-        return self.subset([i for i, t in enumerate(self.tasks) if t.split == name])
+    def split(self, *names: str) -> "TaskSet":
+        "The tasks of one split or several, one split after the other; there may be none."
+        for name in names:
+            if name not in SPLITS: raise TaskError(f"there is no split {name!r}", f"Choose one of {', '.join(SPLITS)}")
+        return self.subset([i for name in names for i, t in enumerate(self.tasks) if t.split == name])
 
     def batch(
         self,
