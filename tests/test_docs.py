@@ -1,6 +1,7 @@
 """The site builds, its links lead somewhere, nothing in it is fetched from elsewhere; what the pages tell a reader to type works."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -87,11 +88,14 @@ def test_every_notebook_and_module_has_its_page(site):
     for notebook in (ROOT / "nbs").rglob("*_*.ipynb"):
         if ".ipynb_checkpoints" not in notebook.parts:
             assert (site / notebook.relative_to(ROOT).with_suffix(".html")).exists(), notebook
+    source = (ROOT / "hyperlatent" / "guidance.py").read_text(encoding="utf-8")
     text = (site / "reference" / "hyperlatent.guidance.html").read_text(encoding="utf-8")
     assert 'id="hyperlatent.guidance.ClassifierFreeGuidance"' in text
-    comment = re.search(r"hyperclip: nn.Module,  # (.+)", (ROOT / "hyperlatent" / "guidance.py").read_text(encoding="utf-8"))[1]
-    before_source = re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL)
-    assert re.sub("`", "", comment) in re.sub(r"</?code>", "", before_source)  # what a parameter means
+    shown = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL)))
+    for parameter, comment in re.findall(r"^ +(hyperclip|negative_features): [^#]+# (.+)$", source, flags=re.MULTILINE):
+        said = re.escape(comment.replace("`", "")).replace(r"\ ", r"\s+")
+        assert re.search(rf"{parameter}\b[^–]*–\s+{said}", shown), parameter  # what a parameter means stands beside its name
+    assert 'Float[Tensor, "task question' in shown  # and its shape
 
 
 @pytest.mark.xdist_group("site")

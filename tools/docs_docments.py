@@ -2,9 +2,13 @@
 
 import ast
 import io
+import re
+import textwrap
 import tokenize
 
 import griffe
+
+SHAPE = re.compile(r"(Float|Int|Bool|Shaped|Num)\[")  # of jaxtyping
 
 
 def comments(source: str) -> dict[int, str]:
@@ -21,27 +25,26 @@ def comments(source: str) -> dict[int, str]:
 
 class Docments(griffe.Extension):
     def on_function(self, *, func: griffe.Function, **_) -> None:
-        source = "\n".join(func.lines)
-        said = comments(source)
+        source = textwrap.dedent("\n".join(func.lines))
         try:
-            node = next(n for n in ast.walk(ast.parse(_dedented(source))) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+            node = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
         except (SyntaxError, StopIteration):
             return
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
-        last_on_line = {argument.end_lineno: argument.arg for argument in arguments if argument is not None}
-        first = node.body[0].lineno
+        named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        arguments = [argument for argument in named if argument is not None and argument.arg not in ("self", "cls")]
+        for argument in arguments:  # shapes are texts, which griffe takes for names that it cannot find
+            if isinstance(argument.annotation, ast.expr) and SHAPE.search(text := ast.unparse(argument.annotation)):
+                func.parameters[argument.arg].annotation = text.replace("'", '"')
+        if node.returns is not None and SHAPE.search(text := ast.unparse(node.returns)):
+            func.returns = text.replace("'", '"')
+        said, first = comments(source), node.body[0].lineno
+        last_on_line = {argument.end_lineno: argument.arg for argument in arguments}
         described = {name: said[line] for line, name in sorted(last_on_line.items()) if line in said and line < first}
-        if not described:
-            return
-        text = func.docstring.value if func.docstring else ""
-        section = "\n".join(f"    {name}: {what}" for name, what in described.items())
-        func.docstring = griffe.Docstring(f"{text}\n\nParameters:\n{section}", parent=func, lineno=func.lineno)
+        if described:
+            text = func.docstring.value if func.docstring else ""
+            section = "\n".join(f"    {name}: {what}" for name, what in described.items())
+            func.docstring = griffe.Docstring(f"{text}\n\nParameters:\n{section}", parent=func, lineno=func.lineno, parser="google")
 
     def on_attribute(self, *, attr: griffe.Attribute, **_) -> None:
         if attr.docstring is None and (said := comments("\n".join(attr.lines))):
-            attr.docstring = griffe.Docstring(list(said.values())[-1], parent=attr)
-
-
-def _dedented(source: str) -> str:
-    first = source.splitlines()[0] if source else ""
-    return "if True:\n" + source if first[:1].isspace() else source
+            attr.docstring = griffe.Docstring(list(said.values())[-1], parent=attr, parser="google")
