@@ -245,6 +245,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'hyperlatent.data.coco.find_instances': ('coco.html#find_instances', 'hyperlatent/data/coco.py'),
                                        'hyperlatent.data.coco.read_instances': ('coco.html#read_instances', 'hyperlatent/data/coco.py')},
             'hyperlatent.data.downloads': { 'hyperlatent.data.downloads.Remote': ('downloads.html#remote', 'hyperlatent/data/downloads.py'),
+                                            'hyperlatent.data.downloads.Remote.name': ( 'downloads.html#remote.name',
+                                                                                        'hyperlatent/data/downloads.py'),
                                             'hyperlatent.data.downloads._ask': ('downloads.html#_ask', 'hyperlatent/data/downloads.py'),
                                             'hyperlatent.data.downloads._transfer': ( 'downloads.html#_transfer',
                                                                                       'hyperlatent/data/downloads.py'),

@@ -7,6 +7,7 @@ __all__ = ['walk', 'train_hyperclip', 'sample', 'train_hyperldm', 'blurred']
 
 # %% ../nbs/35_guide_training.ipynb #649dd433
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def _mean_score(score, batches: Sequence[TaskBatch]):
 # %% ../nbs/35_guide_training.ipynb #86269dcb
 def sample(guide: ClassifierFreeGuidance, questions: Tensor, config: HyperLDMConfig, **options):
     "Guided samples with the settings of `config`, unless an option says otherwise, as a `Trajectory`."
-    settings = dict(guidance_scale=config.guidance_scale, num_samples=config.num_samples,
+    settings: dict[str, Any] = dict(guidance_scale=config.guidance_scale, num_samples=config.num_samples,
                     num_inference_steps=config.num_inference_steps, guidance_rescale=config.guidance_rescale,
                     guidance_interval=tuple(config.guidance_interval))
     return guide(questions, **(settings | options))

@@ -124,7 +124,7 @@ def train_hvae(
     model = HVAE(base.n_weights, config.latent_dim, config.hidden, config.log_variance_offset,
                  generator=torch.Generator().manual_seed(seed)).to(mnet.z0.device).fit_statistics(networks.flat)
 
-    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss(model: HVAE, generator: torch.Generator) -> Tensor:
         weights, _, task = networks.draw(config.fit.batch_size, generator)
         value, again = hvae_loss(model, weights, config.kl_weight, generator)
         return value + config.task_weight * task_loss(again, base, tasks, task, config, generator) if config.task_weight else value

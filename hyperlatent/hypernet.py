@@ -56,7 +56,7 @@ class HNet(nn.Module):
     @property
     def readout(self) -> nn.Linear:
         "The last layer, from `trunk`'s units to weights."
-        return self.layers[-1]
+        return self.layers[-1]  # type: ignore[return-value]
 
     def forward(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch weight"]:
         "The weights h(z)."

@@ -36,6 +36,6 @@ def for_inference(
     "A copy in evaluation mode that shares the parameters; the network itself stays in whatever mode it is."
     if packed and type(network) is nn.Linear and PackedLinear.fits(network): return PackedLinear(network)
     new = copy.copy(network)
-    new._modules = {name: for_inference(child, packed) for name, child in network._modules.items()}
+    new._modules = {name: child and for_inference(child, packed) for name, child in network._modules.items()}
     new.training = False
     return new

@@ -9,6 +9,7 @@ __all__ = ['WALKS', 'SAMPLERS', 'GUIDANCES', 'rows_of', 'inner_step_rows', 'text
 # %% ../nbs/41_methods.ipynb #e4a2f50f
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -149,5 +150,6 @@ def mean_logit_accuracy(
     batch: TaskBatch,
 ) -> Float[Tensor, "task"]:
     "Accuracy of the answer with the highest mean logit over the samples."
-    logits = torch.stack([models.base.logits(models.hnet(one), samples.features, batch) for one in z]).mean(0)
+    base: Any = models.base  # one with logits
+    logits = torch.stack([base.logits(models.hnet(one), samples.features, batch) for one in z]).mean(0)
     return masked_mean((logits.argmax(-1) == samples.labels).float(), samples.mask)

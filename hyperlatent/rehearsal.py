@@ -105,7 +105,7 @@ class Meter:
         return stage
 
 
-def stages_of(config: Config) -> dict[str, float]:
+def stages_of(config: Config) -> dict[str, int]:
     "The chain's stages, each with the steps that its untrained part takes: adapting, walking, sampling."
     scales = 1 + len(config.evaluate.guidance_scales)
     work = {"tasks": 1, "multitask": 1, "hnet": config.hnet.inner.steps, "zoo": config.zoo.runs * config.zoo.inner.steps,

@@ -120,7 +120,7 @@ def made_network(model: nn.Module, result: FitResult, architecture: dict[str, An
 
 def load_network(cls: type[Network], artifact: Artifact, device: str | torch.device = "cpu") -> Network:
     "The frozen network of a stage. Raises `ArtifactError` if tensors and architecture do not fit."
-    architecture = artifact.documents.get("architecture")
+    architecture: Any = artifact.documents.get("architecture")
     with _fitting(artifact, cls.__name__):
         # every layer has a tensor: the file cannot promise more of them than it has, which would be built for ever
         layers = [len(v) if isinstance(v, list) else v if k == "n_blocks" else 0 for k, v in dict(architecture).items()]

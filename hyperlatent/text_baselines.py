@@ -166,7 +166,7 @@ def fit_ridge(
     generator_network: nn.Module,  # latents to weights
     base: BaseNetwork,
     validation: Sequence[TaskBatch],  # meta-validation, chooses the penalty
-    penalties: Sequence[float] = tuple(10.0**i for i in range(-7, 1)),
+    penalties: Sequence[float] = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
 ) -> tuple[LinearLatents, dict[str, float]]:
     "Ridge regression of every wording to the mean latent of its task; also the penalty chosen and its meta-validation accuracy."
     targets = zoo.latents.mean(0)[zoo.phrase_task]

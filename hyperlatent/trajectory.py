@@ -86,5 +86,5 @@ class Trajectory:
                 or not isinstance(config["method"], str) or not isinstance(scale, float | int | None)
                 or tensors["times"].ndim != 1 or tensors["seeds"].ndim != 2):
             raise ArtifactError(f"{str(folder)!r} is of kind 'trajectory' and lacks something of one", "Save the trajectory again")
-        try: return cls(**tensors, **config)
+        try: return cls(**tensors, **config)  # type: ignore[arg-type]  # looked at above
         except HyperLatentError as error: raise ArtifactError(f"{str(folder)!r}: {error.problem}", error.remedy) from error

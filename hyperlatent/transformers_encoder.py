@@ -52,16 +52,17 @@ class TransformersTokenizer(Tokenizer):
 
     context_length = property(lambda self: self._length, doc="Tokens of the longest text.")
 
-    def __call__(self, texts: Sequence):
+    def __call__(self, texts: Sequence) -> Any:
         "The model's inputs, as the library has them. A text that is too long is cut, and the first time that is said."
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise EncoderError(f"{wrong[0]!r} is not a text", "Give a list of strings")
-        tokens = self.full(list(texts), padding=self.padding, truncation=True, max_length=self.context_length, return_tensors="pt")
+        tokens: Any = self.full(list(texts), padding=self.padding, truncation=True, max_length=self.context_length, return_tensors="pt")
         if not self._warned and tokens["input_ids"].shape[1] == self.context_length: self._warn_if_cut(texts)
         return tokens
 
     def _warn_if_cut(self, texts: Sequence[str]) -> None:
-        lengths = map(len, self.full(list(texts), truncation=False, verbose=False)["input_ids"])
+        inputs: Any = self.full(list(texts), truncation=False, verbose=False)
+        lengths = map(len, inputs["input_ids"])
         for text, length in zip(texts, lengths):
             if length > self.context_length and not self._warned:
                 self._warned = True
@@ -102,12 +103,13 @@ class TransformersEncoder(CLIPEncoder):
     dim = property(lambda self: self.architecture.get("projection_dim") or self.architecture["vision_config"]["hidden_size"])
 
     @property
-    def contract(self) -> TransformersContract:
+    def contract(self) -> TransformersContract:  # type: ignore[override]
         "What the features depend on; computed from the weights as they are now."
         import transformers
 
-        text = {"tokenizer": type(self.tokenizer.full).__name__, "context_length": self.tokenizer.context_length,
-                "padding": self.tokenizer.padding, "vocabulary": fingerprint(self.tokenizer.full.get_vocab())}
+        tokenizer: Any = self.tokenizer
+        text = {"tokenizer": type(tokenizer.full).__name__, "context_length": tokenizer.context_length,
+                "padding": tokenizer.padding, "vocabulary": fingerprint(tokenizer.full.get_vocab())}
         weights = {name: x for name, x in self.model.state_dict().items() if x.is_floating_point()}
         return TransformersContract(self.architecture, fingerprint(weights), self.preprocessing.config, text, "l2",
                                     transformers.__version__)

@@ -52,7 +52,7 @@ class MetaVQA:
             raise ConfigError("the questions come from one place", "Give either --vqa-root or --split-root")
         prompts = read_prompts(self.prompts) if self.prompts else None
         split = (make_split(read_annotations(self.vqa_root, progress=sys.stderr.isatty()))
-                 if self.vqa_root else read_split(self.split_root))
+                 if self.vqa_root else read_split(self.split_root))  # type: ignore[arg-type]
         tasks = tasks_of_split(split, prompts, self.validation_share)
         write_split(self.out, split)
         if not self.split_only: save_named_tasks(self.out, tasks)

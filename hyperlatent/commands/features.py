@@ -9,7 +9,7 @@ __all__ = ['Features', 'Coco', 'Downloads']
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -41,7 +41,7 @@ class Features:
         from hyperlatent.encoders import load_encoder
         from hyperlatent.stages import make_accelerator
 
-        precision = self.mixed_precision
+        precision: Any = self.mixed_precision
         if precision == "auto": precision = "fp16" if self.device != "cpu" and torch.cuda.is_available() else "no"
         accelerator = make_accelerator(Config(device=self.device, mixed_precision=precision))
         tasks = [task for folder in self.tasks for task in load_named_tasks(folder)]

@@ -23,7 +23,10 @@ class Remote(NamedTuple):
     size: int | None = None  # bytes, where known
     md5: str | None = None  # where known
 
-    name = property(lambda self: self.address.rsplit("/", 1)[-1], doc="Of the file.")
+    @property
+    def name(self) -> str:
+        "Of the file."
+        return self.address.rsplit("/", 1)[-1]
 
 
 COCO = "http://images.cocodataset.org/"

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -122,7 +122,7 @@ def question_encoder(
         if not hasattr(clip.model, "token_embedding"): raise EncoderError("this encoder has no word vectors", "Choose 'clip'")
         return QuestionEncoder(clip).fit([t.question for t in tasks if t.split == "meta-train"]), clip.contract
     towers = name.startswith((TRANSFORMERS, "hf-hub:")) or (Path(name) / "open_clip_config.json").exists()
-    model = load_encoder(name, device=device) if towers else load_sentence_encoder(name, device)
+    model: Any = load_encoder(name, device=device) if towers else load_sentence_encoder(name, device)
     return (model.encode_texts if towers else model), model.contract
 
 

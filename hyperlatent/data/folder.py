@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,7 +52,8 @@ def _problem_of_picture(path: Path) -> str:
 # %% ../../nbs/19_folder.ipynb #a62c7b02
 def task_of(group: Sequence[Row], support_share: float = 0.7) -> Task:
     "The rows of one question as a task; its pictures have names."
-    said = lambda name: next((value for row in group if (value := getattr(row, name))), "")
+    def said(name) -> Any: return next((value for row in group if (value := getattr(row, name))), "")
+
     question, answers = group[0].question, said("answers") or tuple(dict.fromkeys(row.answer for row in group))
     support, query = [], []
     for number, answer in enumerate(answers):

@@ -64,7 +64,8 @@ def make_split(
     "Meta-train and meta-test in the published format: question -> its task."
     kept = select_questions(group_by_question(annotations))
     order, cut = shuffled(kept), round(share * len(kept))
-    return tuple({q: split_task(kept[q], share) for q in part} for part in (order[:cut], order[cut:]))
+    train, test = ({q: split_task(kept[q], share) for q in part} for part in (order[:cut], order[cut:]))
+    return train, test
 
 # %% ../../nbs/17_metavqa.ipynb #6caae366
 SPLIT_FILES = ("meta_train.json", "meta_test.json")
@@ -79,7 +80,8 @@ def write_split(folder: str | Path, split: tuple[dict, dict]) -> None:
 
 def read_split(folder: str | Path) -> tuple[dict[str, dict], dict[str, dict]]:
     "Read both files. Raises `ArtifactError` for what cannot be read, `TaskError` for a task that is not in the published format."
-    return tuple(_checked(Path(folder) / name) for name in SPLIT_FILES)
+    train, test = (_checked(Path(folder) / name) for name in SPLIT_FILES)
+    return train, test
 
 
 def read_json(path: Path) -> dict:

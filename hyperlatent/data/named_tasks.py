@@ -54,7 +54,7 @@ def _numbered(tasks):
 # %% ../../nbs/17_named_tasks.ipynb #718ab3c7
 def picture_names(tasks: Sequence[Task]) -> list[str]:
     "The pictures of all tasks, each once, in order of appearance."
-    return list(dict.fromkeys(name for task in tasks for name, _ in (*task.support, *task.query)))
+    return list(dict.fromkeys(str(name) for task in tasks for name, _ in (*task.support, *task.query)))
 
 
 def without_pictures(

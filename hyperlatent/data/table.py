@@ -136,7 +136,8 @@ def read_records(path: str | Path) -> list[tuple[int, dict[str, Any]] | Fault]:
 # %% ../../nbs/19_table.ipynb #65b9f641
 def to_row(line: int, record: dict[str, Any]) -> Row | list[Fault]:
     "One record, checked by itself."
-    problems, values = [], {}
+    problems: list[str] = []
+    values: dict[str, Any] = {}
     for name, value in record.items():
         if name not in COLUMNS: problems.append(f"unknown entry {name!r}; {_nearest(name)}")
         elif name in LISTS and isinstance(value, list): values[name] = tuple(_text(v, name, problems) for v in value)
@@ -144,7 +145,7 @@ def to_row(line: int, record: dict[str, Any]) -> Row | list[Fault]:
         else: values[name] = _text(value, name, problems)
     problems += [f"there is no {name}" for name in REQUIRED if name not in record or values.get(name) == ""]
     row = None if problems else Row(line, **values)
-    return [Fault(line, problem) for problem in problems or _inconsistent(row)] or row
+    return [Fault(line, problem) for problem in problems or _inconsistent(row)] or row  # type: ignore[arg-type,return-value]
 
 
 def _text(value: Any, name: str, problems: list[str]) -> str:

@@ -75,9 +75,8 @@ def _opened(path: Path, name: str, progress: bool) -> Iterator[BinaryIO]:
     from tqdm.auto import tqdm
 
     with zipfile.ZipFile(path) if path.suffix == ".zip" else open(path, "rb") as outer:
-        zipped = isinstance(outer, zipfile.ZipFile)
-        size = outer.getinfo(name).file_size if zipped else path.stat().st_size
-        with outer.open(name) if zipped else outer as stream:
+        size = outer.getinfo(name).file_size if isinstance(outer, zipfile.ZipFile) else path.stat().st_size
+        with outer.open(name) if isinstance(outer, zipfile.ZipFile) else outer as stream:
             bar = dict(total=size, desc=name, disable=not progress, leave=False)
             with tqdm.wrapattr(stream, "read", **bar) as watched: yield watched
 
