@@ -34,7 +34,7 @@ class Task:
 # %% ../nbs/03_questions.ipynb #0265f7ca
 def number_images(
     tasks: Sequence[Task],  # tasks that know their images by name
-) -> tuple[list[Task], list[str]]:  # the same tasks with row numbers, and the name of each row
+) -> tuple[list[Task], list[Any]]:  # the same tasks with row numbers, and the name of each row
     "Replace image names by row numbers; returns the tasks and the names in row order."
     rows: dict[Any, int] = {}
     number = lambda samples: tuple((rows.setdefault(image, len(rows)), answer) for image, answer in samples)

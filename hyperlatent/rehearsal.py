@@ -105,10 +105,10 @@ class Meter:
         return stage
 
 
-def stages_of(config: Config) -> dict[str, int]:
+def stages_of(config: Config) -> dict[str, float]:
     "The chain's stages, each with the steps that its untrained part takes: adapting, walking, sampling."
     scales = 1 + len(config.evaluate.guidance_scales)
-    work = {"tasks": 1, "multitask": 1, "hnet": config.hnet.inner.steps, "zoo": config.zoo.runs * config.zoo.inner.steps,
+    work: dict[str, float] = {"tasks": 1, "multitask": 1, "hnet": config.hnet.inner.steps, "zoo": config.zoo.runs * config.zoo.inner.steps,
             "hyperclip": config.hyperclip.num_inference_steps, "hyperldm": config.hyperldm.num_inference_steps,
             "evaluate": scales * config.hyperldm.num_inference_steps}
     return work | {f.name: 1 for f in fields(config) if hasattr(getattr(config, f.name), "fit") and f.name not in work}
