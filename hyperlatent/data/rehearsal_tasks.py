@@ -37,7 +37,7 @@ def published_tasks(folder: Path, validation_share: float = 0.1) -> list[Task]:
     prompts = folder / "prompt_meta.json"
     return tasks_of_split(read_split(folder), read_prompts(prompts) if prompts.exists() else None, validation_share)
 
-# %% ../../nbs/18_rehearsal_tasks.ipynb #88bad49d
+# %% ../../nbs/18_rehearsal_tasks.ipynb #fad71c63
 def made_up_tasks(
     num_train: int = 870,
     num_test: int = 373,
@@ -57,14 +57,14 @@ def made_up_tasks(
         kind, answers = word(place % 40), 2 + int(torch.rand((), generator=lots) ** 3 * min(40, size // 4))
         names = tuple(word(100 + place % 40 * 5 + i * 3) + str(i) for i in range(answers))
         images = torch.randperm(num_images, generator=lots)[:size].tolist()
-        samples = [(image, i % answers) for i, image in enumerate(images)]
+        samples = [(f"picture {image}", i % answers) for i, image in enumerate(images)]
         cut = max(answers, round(0.7 * size))
         question = f"what {kind} is the {word(500 + place // 40)}{place // 40}?"
         tasks.append(Task(question, names, tuple(f"the {kind} is {name}" for name in names), tuple(samples[:cut]),
                           tuple(samples[cut:]), kind, split))
     return tasks
 
-# %% ../../nbs/18_rehearsal_tasks.ipynb #d856eb92
+# %% ../../nbs/18_rehearsal_tasks.ipynb #7c1a515e
 def text_features(
     texts: Sequence[str],
     dim: int = 768,
@@ -80,7 +80,7 @@ def text_features(
 
 
 def stand_in_features(
-    tasks: Sequence[Task],  # pictures by name or number
+    tasks: Sequence[Task],  # with pictures by name
     dim: int = 768,  # as ViT-L/14@336px has
     noise: float = 2.5,  # its norm, against 1 for each answer
     seed: int = 0,
