@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BaseNetwork', 'CLIPAdapter', 'cross_entropy', 'masked_mean', 'random_batch', 'random_tasks']
 
-# %% ../nbs/20_base.ipynb #c05c5303
+# %% ../nbs/20_base.ipynb #1ce64807
 import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import HyperLatentError
 from .tasks import Samples, Task, TaskBatch, TaskSet
 
 # %% ../nbs/20_base.ipynb #99a62bce
@@ -41,7 +42,7 @@ class BaseNetwork(Protocol):
                           batch: TaskBatch) -> Float[Tensor, "task"]:
         "The same for each task's networks together: their mean prediction."
 
-# %% ../nbs/20_base.ipynb #8ca3fb09
+# %% ../nbs/20_base.ipynb #ea430f78
 class CLIPAdapter:
     """`out = x + W2 relu(W1 x / sqrt(d) + b1) / sqrt(h) + b2`, normalised; logits are cosines times `logit_scale` (section 4.1).
 
@@ -54,6 +55,9 @@ class CLIPAdapter:
         hidden: int = 256,  # h
         logit_scale: float = 100.0,  # CLIP's temperature
     ):
+        if not (isinstance(dim, int) and isinstance(hidden, int) and min(dim, hidden) > 0 and isinstance(logit_scale, int | float)):
+            raise HyperLatentError(f"an adapter cannot have dim {str(dim)[:20]}, hidden {str(hidden)[:20]}, logit_scale "
+                                   f"{str(logit_scale)[:20]}", "Give whole numbers above zero, and a number")
         self.dim, self.hidden, self.logit_scale = dim, hidden, logit_scale
         self.sizes = (hidden * dim, hidden, dim * hidden, dim)
         self.n_weights = sum(self.sizes)

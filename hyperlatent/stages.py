@@ -123,7 +123,7 @@ def load_network(cls: type[Network], artifact: Artifact, device: str | torch.dev
     architecture: Any = artifact.documents.get("architecture")
     with _fitting(artifact, cls.__name__):
         # every layer has a tensor: the file cannot promise more of them than it has, which would be built for ever
-        layers = [len(v) if isinstance(v, list) else v if k == "n_blocks" else 0 for k, v in dict(architecture).items()]
+        layers = [len(range(v)) if k == "n_blocks" else len(v) if isinstance(v, list) else 0 for k, v in dict(architecture).items()]
         if max(layers, default=0) > len(artifact.tensors): raise ValueError(f"{len(artifact.tensors)} tensors for {max(layers)} layers")
         with torch.device("meta"): model = cls(**architecture)
         model.load_state_dict(artifact.tensors, assign=True)
