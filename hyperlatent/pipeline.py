@@ -87,7 +87,8 @@ class HyperLatentPipeline(QuestionsToWeights):
         else:
             if not isinstance(support, tuple | list) or len(support) != 2 or question is None or answers is None:
                 raise TaskError("support is no (images, labels) with a question and answers", "Pass those, or a TaskBatch")
-            batch, questions = self._batch(*support, question, answers, prompts), as_questions(question)
+            images, labels = support
+            batch, questions = self._batch(images, labels, question, answers, prompts), as_questions(question)
         if len(questions) != len(batch):
             raise TaskError(f"there are {len(questions)} questions for {len(batch)} tasks", "Pass one for each")
         guided = self._guided(questions, batch.question_features, **options)
@@ -136,7 +137,8 @@ class HyperLatentPipeline(QuestionsToWeights):
         pictures: UInt8[Tensor, "image 3 height width"] | Sequence,
     ) -> TaskBatch:
         "A task as the tensors that `base.accuracy` and `adapt` take. See `data.scene_lookup.question_task`."
-        encode = lambda texts: [self.question_encoder(texts).cpu()] if texts else None
+        def encode(texts) -> Any: return [self.question_encoder(texts).cpu()] if texts else None
+
         tasks = TaskSet([task], self.encoder.encode_images(pictures), answer_features=[self.encoder.encode_texts(list(task.prompts))],
                         question_features=encode((task.question, *task.paraphrases)),
                         unseen_question_features=encode(task.unseen_paraphrases))

@@ -85,7 +85,7 @@ def as_features(
 def as_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     "A finite number within its bounds, else a `HyperLatentError`."
     if isinstance(value, Tensor) and value.ndim == 0: value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not low <= float(value) <= high:
         bounds = "" if math.isinf(low) else f" of at least {low:g}" if math.isinf(high) else f" from {low:g} to {high:g}"
         raise HyperLatentError(f"{name} is {str(value)[:60]!r}", f"Pass a finite number{bounds}")
     return float(value)
@@ -93,7 +93,7 @@ def as_number(name: str, value: Any, low: float = -math.inf, high: float = math.
 
 def as_count(name: str, value: Any, most: int = 100_000) -> int:
     "A whole number from 1, else a `HyperLatentError`."
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
         raise HyperLatentError(f"{name} is {str(value)[:60]!r}", f"Pass a whole number from 1 to {most}")
     return int(value)
 

@@ -125,7 +125,7 @@ def load_parts(folder: str | Path) -> PipelineParts:
     config = from_dict(PipelineConfig, about.get("settings"), source=f"pipeline.json in {str(folder)!r}")
     try:
         tensors, architectures = restored(artifact.tensors), about["architectures"]
-        networks = {name: _network(cls, architectures[name], tensors, name) for name, cls in _NETWORKS.items()}
+        networks: dict[str, Any] = {name: _network(cls, architectures[name], tensors, name) for name, cls in _NETWORKS.items()}
         words = about["words"] and WordTable(tensors["token_ids"], tensors["word_vectors"], _count(about["words"]["context_length"]))
         base = CLIPAdapter(**{name: _bounded(value) for name, value in architectures["base"].items()})
         ground = Background(tensors["background"], [str(q) for q in background["questions"]], [str(k) for k in background["kinds"]])

@@ -52,15 +52,16 @@ class QuestionsToWeights:
         encoder: Any = None,  # a `CLIPEncoder`; None loads the one that the parts name when it is needed
         progress: bool = True,  # show a bar for what takes more than two seconds
     ):
-        self.parts, self.progress, self._encoder, self._questions = parts, progress, None, None
+        self.parts, self.progress, self._encoder = parts, progress, None
+        self._questions: QuestionEncoder | None = None
         if encoder is not None: self._encoder = self._checked(encoder)
 
-    base: CLIPAdapter = property(lambda self: self.parts.base, doc="The network whose weights are chosen.")
+    base: CLIPAdapter = property(lambda self: self.parts.base, doc="The network whose weights are chosen.")  # type: ignore[assignment]
     generator_network = property(lambda self: self.parts.generator_network, doc="Latents to weights.")
     denoiser = property(lambda self: self.parts.denoiser, doc="HyperLDM.")
     hyperclip = property(lambda self: self.parts.hyperclip, doc="HyperCLIP.")
-    config: PipelineConfig = property(lambda self: self.parts.config, doc="Defaults of a call.")
-    background: Background = property(lambda self: self.parts.background, doc="Latents of the training questions.")
+    config: PipelineConfig = property(lambda self: self.parts.config, doc="Defaults of a call.")  # type: ignore[assignment]
+    background: Background = property(lambda self: self.parts.background, doc="Latents of the training questions.")  # type: ignore[assignment]
     metrics = property(lambda self: self.parts.metrics, doc="What was measured.")
     device = property(lambda self: self.generator_network.z0.device)
     dtype = property(lambda self: self.generator_network.z0.dtype)

@@ -38,10 +38,11 @@ def parts_of_run(
         raise EncoderError(f"the tasks of {str(folder)!r} do not say which encoder they were made with", "Prepare them again")
     clip = load_encoder(source["name"], source.get("pretrained"), device="cpu")
     questions = _question_encoder(clip, train)
-    networks = [network.cpu().eval().requires_grad_(False) for network in (models.hnet, models.denoiser, models.hyperclip)]
+    networks: Any = [network.cpu().eval().requires_grad_(False) for network in (models.hnet, models.denoiser, models.hyperclip)]
     ground = Background(models.zoo.latents[:3].cpu(), train.questions, train.kinds)  # three runs are enough for a map
     settings = _settings(config, source, json.loads(to_json(clip.contract)))
-    return PipelineParts(models.base, *networks, questions.centre.cpu(), WordTable.of(clip), ground, settings,
+    hnet, denoiser, hyperclip = networks
+    return PipelineParts(models.base, hnet, denoiser, hyperclip, questions.centre.cpu(), WordTable.of(clip), ground, settings,  # type: ignore[arg-type]
                          _measured(folder, config, models))
 
 
@@ -59,7 +60,8 @@ def _settings(config: Config, source: dict, contract: dict) -> PipelineConfig:
     ldm, walk = config.hyperldm, config.hyperclip
     return PipelineConfig(
         scheduler=ldm.scheduler, num_inference_steps=ldm.num_inference_steps, num_samples=ldm.num_samples,
-        guidance_scale=ldm.guidance_scale, guidance_rescale=ldm.guidance_rescale, guidance_interval=tuple(ldm.guidance_interval),
+        guidance_scale=ldm.guidance_scale, guidance_rescale=ldm.guidance_rescale,
+        guidance_interval=(ldm.guidance_interval[0], ldm.guidance_interval[1]),
         walk_steps=walk.num_inference_steps, walk_learning_rate=walk.learning_rate, walk_prior_weight=walk.prior_weight,
         walk_noise=walk.noise, walk_cosine_step_size=walk.cosine_step_size, walk_num_samples=walk.num_samples,
         adapt=config.evaluate.few_shot, encoder=source["name"], pretrained=source.get("pretrained"), contract=contract)
