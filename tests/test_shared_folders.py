@@ -166,3 +166,21 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
     for options in (dict(config={"n": 2**64}), dict(documents={"d": [10**30]})):
         with pytest.raises(ArtifactError, match="does not fit into 64 bits"): save_artifact(tmp_path / "stage", "x", {}, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name, value", [("n_blocks", 2**31), ("n_blocks", "ab"), ("n_blocks", [1]), ("hidden", 2**40),
+                                         ("hidden", [1] * 10**5), ("latent_dim", 0), ("x", 1)])
+def test_an_architecture_cannot_ask_for_what_the_file_does_not_hold(tmp_path, name, value):
+    """Found by the fuzzer: without a check such a network is built until memory ends."""
+    from hyperlatent.hyperldm import Denoiser
+    from hyperlatent.stages import load_multitask, load_network
+
+    sizes = dict(latent_dim=3, question_dim=5, hidden=4, n_blocks=1, time_dim=4)
+    tensors = Denoiser(**sizes).state_dict()
+    documents = {"architecture": sizes | {name: value}}
+    with pytest.raises(ArtifactError, match="holds no Denoiser"):
+        load_network(Denoiser, save_artifact(tmp_path / "a", "hyperldm", tensors, documents=documents))
+    documents = {"architecture": {"dim": 2**31, "hidden": "ab", "logit_scale": 1.0}}
+    with pytest.raises(ArtifactError, match="holds no multi-task weights"):
+        load_multitask(save_artifact(tmp_path / "b", "multitask", {"z0": torch.zeros(7)}, documents=documents))
