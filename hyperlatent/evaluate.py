@@ -136,7 +136,7 @@ def zero_shot_rows(models: Models, tasks: TaskSet, config: Config) -> list[Row]:
     return in_order(parts)
 
 
-def in_order(parts: list[tuple[Int[Tensor, "part"], list[Row]]]) -> list[Row]:
+def in_order(parts: list[tuple[Int[Tensor, "_"], list[Row]]]) -> list[Row]:
     "Rows of some tasks each, with the tasks' numbers, as rows of all tasks."
     places = torch.cat([indices for indices, _ in parts]).argsort()
     join = lambda rows: replace(rows[0], per_task=torch.cat([row.per_task.cpu() for row in rows])[places])
