@@ -20,15 +20,15 @@ from .pipeline_inputs import as_answers, as_count, as_features, as_questions
 from .questions_to_weights import HyperLatentOutput, QuestionsToWeights
 from .tasks import Samples, Task, TaskBatch, TaskSet
 
-# %% ../nbs/43_pipeline.ipynb #c920f88b
+# %% ../nbs/43_pipeline.ipynb #99caf50e
 class HyperLatentPipeline(QuestionsToWeights):
     "Questions to weights, and what these are good for: `from_pretrained`, a call, `predict`, `infer_task`, `adapt`."
 
     def predict_proba(
         self,
         images: Any,  # pictures (PIL images, files, bytes in arrays or tensors), or their features
-        question: str,
-        answers: Sequence[str],
+        question: Any,  # one text
+        answers: Any,  # a list of texts
         *,
         prompts: Any = None,  # what CLIP reads for each answer: texts or their features; None: `self.prompts`
         weights: Any = None,  # of an earlier call: its output, or weights (sample, weight); None: ask now
@@ -41,7 +41,7 @@ class HyperLatentPipeline(QuestionsToWeights):
             each = (self.base.logits(w[None], batch.query.features, batch)[0].softmax(-1) for w in weights)
             return sum(each, torch.zeros(1, device=self.device)) / len(weights)
 
-    def predict(self, images: Any, question: str, answers: Sequence[str], **options: Any) -> list[str]:
+    def predict(self, images: Any, question: Any, answers: Any, **options: Any) -> list[str]:
         "The most probable answer for each picture; options as for `predict_proba`."
         answers = as_answers(answers)
         return [answers[i] for i in self.predict_proba(images, question, answers, **options).argmax(1).tolist()]
@@ -137,9 +137,8 @@ class HyperLatentPipeline(QuestionsToWeights):
         pictures: UInt8[Tensor, "image 3 height width"] | Sequence,
     ) -> TaskBatch:
         "A task as the tensors that `base.accuracy` and `adapt` take. See `data.scene_lookup.question_task`."
-        def encode(texts) -> Any: return [self.question_encoder(texts).cpu()] if texts else None
-
+        encode = lambda texts: [self.question_encoder(texts).cpu()]
         tasks = TaskSet([task], self.encoder.encode_images(pictures), answer_features=[self.encoder.encode_texts(list(task.prompts))],
                         question_features=encode((task.question, *task.paraphrases)),
-                        unseen_question_features=encode(task.unseen_paraphrases))
+                        unseen_question_features=encode(task.unseen_paraphrases) if task.unseen_paraphrases else None)
         return tasks.batch().to(self.device, self.dtype)

@@ -19,7 +19,7 @@ from .pipeline_inputs import as_number
 from .pipeline_parts import PipelineParts
 from .trajectory import Trajectory
 
-# %% ../nbs/37_pipeline_guides.ipynb #c97eb410
+# %% ../nbs/37_pipeline_guides.ipynb #abd2ceac
 GUIDERS = ("classifier-free", "classifier")
 _NUMBERS = {"guidance_scale": -1e6, "guidance_rescale": 0.0, "eta": 0.0, "learning_rate": 0.0, "prior_weight": 0.0, "noise": 0.0}
 
@@ -61,6 +61,6 @@ def check_options(
     if (interval := options.get("guidance_interval")) is not None:
         if not isinstance(interval, list | tuple) or len(interval) != 2:
             raise HyperLatentError(f"guidance_interval is {interval!r}", "Pass two numbers, such as (0.2, 0.8)")
-        options["guidance_interval"] = tuple(as_number("guidance_interval", x, 0, 1) for x in interval)
+        options["guidance_interval"] = tuple(as_number("guidance_interval", x, 0.0, 1.0) for x in interval)
     if (start := options.get("z")) is not None and not (isinstance(start, Tensor) and start.shape[-1:] == (latent_dim,)):
         raise HyperLatentError("z is no tensor of latents", f"Pass a tensor whose last axis is {latent_dim} long")

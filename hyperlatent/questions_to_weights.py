@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pipeline', 'HyperLatentOutput', 'QuestionsToWeights']
 
-# %% ../nbs/42_questions_to_weights.ipynb #12b6527d
+# %% ../nbs/42_questions_to_weights.ipynb #7e1c0d2f
 import inspect
 import tempfile
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class HyperLatentOutput:
     trajectory: Trajectory  # how guidance came to the latents
     seeds: Int[Tensor, "sample task"]  # of every chain: pass them as `seeds` to get the same again
 
-# %% ../nbs/42_questions_to_weights.ipynb #7b28a455
+# %% ../nbs/42_questions_to_weights.ipynb #e60f6bcc
 Pipeline = TypeVar("Pipeline", bound="QuestionsToWeights")
 
 
@@ -204,7 +204,8 @@ class QuestionsToWeights:
                 raise HyperLatentError(f"{num_samples} samples of {len(questions)} questions in {steps} steps need "
                                        f"{numbers / 2**28:.0f} GB", "Ask for fewer at a time")
             seeds = as_seeds(generator, num_samples, len(questions))
-        elif not isinstance(seeds, Tensor): raise HyperLatentError("seeds are no tensor", "Pass the seeds of an output")
+        elif not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+            raise HyperLatentError("seeds are no tensor of int64", "Pass the seeds of an output")
         elif "num_samples" not in given: options["num_samples"] = len(seeds) if seeds.ndim else 1
         if callback_on_step_end is not None: options["callback_on_step_end"] = self._callback(callback_on_step_end)
         accepted = inspect.signature(guide).parameters
