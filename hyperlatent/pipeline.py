@@ -137,7 +137,8 @@ class HyperLatentPipeline(QuestionsToWeights):
         pictures: UInt8[Tensor, "image 3 height width"] | Sequence,
     ) -> TaskBatch:
         "A task as the tensors that `base.accuracy` and `adapt` take. See `data.scene_lookup.question_task`."
-        encode = lambda texts: [self.question_encoder(texts).cpu()]
+        def encode(texts) -> Any: return [self.question_encoder(texts).cpu()] if texts else None
+
         tasks = TaskSet([task], self.encoder.encode_images(pictures), answer_features=[self.encoder.encode_texts(list(task.prompts))],
                         question_features=encode((task.question, *task.paraphrases)),
                         unseen_question_features=encode(task.unseen_paraphrases) if task.unseen_paraphrases else None)

@@ -5,21 +5,18 @@
 # %% auto #0
 __all__ = ['parts_of_run']
 
-# %% ../nbs/42_run_parts.ipynb #3bc9bd2d
+# %% ../nbs/42_run_parts.ipynb #8781e96b
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .base import CLIPAdapter
 from .config import load_config
 from .encoders import load_encoder
-from .errors import ArtifactError, EncoderError
+from .errors import EncoderError
 from .evaluate import Models
 from .files import to_json
-from .hyperldm import Denoiser
-from .hypernet import HNet
 from .pipeline_parts import Background, PipelineConfig, PipelineParts
 from .question_encoder import QuestionEncoder
 from .settings import Config
@@ -27,11 +24,11 @@ from .stages import RESULTS, SETTINGS, load_models, load_tasks
 from .tasks import TaskSet
 from .word_table import WordTable
 
-# %% ../nbs/42_run_parts.ipynb #3004ced7
+# %% ../nbs/42_run_parts.ipynb #f96e3b3e
 def parts_of_run(
     folder: str | Path,  # that `hyperlatent demo` or `train` has filled
 ) -> PipelineParts:
-    "The parts of a pipeline. Raises `ArtifactError` for a stage that is missing or unfit, `EncoderError` for another encoder."
+    "The parts of a pipeline. Raises `ArtifactError` if a stage is missing, `EncoderError` if the questions' encoder is another one."
     folder = Path(folder)
     config = load_config(folder / SETTINGS, Config)
     tasks = load_tasks(config)
@@ -41,14 +38,12 @@ def parts_of_run(
         raise EncoderError(f"the tasks of {str(folder)!r} do not say which encoder they were made with", "Prepare them again")
     clip = load_encoder(source["name"], source.get("pretrained"), device="cpu")
     questions = _question_encoder(clip, train)
-    for network in (models.hnet, models.denoiser, models.hyperclip): network.cpu().eval().requires_grad_(False)
-    if not (isinstance(models.base, CLIPAdapter) and isinstance(models.hnet, HNet) and isinstance(models.denoiser, Denoiser)):
-        raise ArtifactError(f"{str(folder)!r} has a {type(models.base).__name__} and a {type(models.hnet).__name__}",
-                            "Only a CLIPAdapter with an HNet can be made a pipeline")
+    networks: Any = [network.cpu().eval().requires_grad_(False) for network in (models.hnet, models.denoiser, models.hyperclip)]
     ground = Background(models.zoo.latents[:3].cpu(), train.questions, train.kinds)  # three runs are enough for a map
     settings = _settings(config, source, json.loads(to_json(clip.contract)))
-    return PipelineParts(models.base, models.hnet, models.denoiser, models.hyperclip, questions.centre.cpu(), WordTable.of(clip),
-                         ground, settings, _measured(folder, config, models))
+    hnet, denoiser, hyperclip = networks
+    return PipelineParts(models.base, hnet, denoiser, hyperclip, questions.centre.cpu(), WordTable.of(clip), ground, settings,  # type: ignore[arg-type]
+                         _measured(folder, config, models))
 
 
 def _question_encoder(clip, train: TaskSet) -> QuestionEncoder:
@@ -60,12 +55,13 @@ def _question_encoder(clip, train: TaskSet) -> QuestionEncoder:
                            "Only runs whose questions were can be made a pipeline")
     return encode
 
-# %% ../nbs/42_run_parts.ipynb #ebc8a30f
+# %% ../nbs/42_run_parts.ipynb #1f6e0c2f
 def _settings(config: Config, source: dict, contract: dict) -> PipelineConfig:
     ldm, walk = config.hyperldm, config.hyperclip
     return PipelineConfig(
         scheduler=ldm.scheduler, num_inference_steps=ldm.num_inference_steps, num_samples=ldm.num_samples,
-        guidance_scale=ldm.guidance_scale, guidance_rescale=ldm.guidance_rescale, guidance_interval=ldm.guidance_interval,
+        guidance_scale=ldm.guidance_scale, guidance_rescale=ldm.guidance_rescale,
+        guidance_interval=(ldm.guidance_interval[0], ldm.guidance_interval[1]),
         walk_steps=walk.num_inference_steps, walk_learning_rate=walk.learning_rate, walk_prior_weight=walk.prior_weight,
         walk_noise=walk.noise, walk_cosine_step_size=walk.cosine_step_size, walk_num_samples=walk.num_samples,
         adapt=config.evaluate.few_shot, encoder=source["name"], pretrained=source.get("pretrained"), contract=contract)
