@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import HyperLatentError
 
-# %% ../../nbs/39_projection.ipynb #38159619
+# %% ../../nbs/39_projection.ipynb #3dfb9640
 @dataclass(frozen=True)
 class Plane:
     "The plane of the first two principal components of some latents."
@@ -34,6 +34,12 @@ class Plane:
             raise HyperLatentError(f"{len(rows)} latents of {rows.shape[1]} dimensions span no plane", "Give more")
         share = (values.square() / values.square().sum())[:2].tolist()
         return cls(mean.to(latents), _upright(axes[:2]).to(latents), tuple(share))
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        "What to write on the axes."
+        return tuple(f"{name} principal component ({100 * share:.0f} % of the variance)"
+                     for name, share in zip(("first", "second"), self.share))
 
     def project(self, latents: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows 2"]:
         "Coordinates in the plane. Raises `HyperLatentError` for latents of another space."

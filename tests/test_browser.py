@@ -1,0 +1,378 @@
+"""The explorer as a person uses it: real JupyterLab and Voila servers, a real browser, keyboard and mouse.
+
+The servers listen on 127.0.0.1 with their token on and keep all their files in a temporary folder."""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.timeout(600)]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+CODE = """
+from hyperlatent.viz.explorer import Explorer
+from hyperlatent.viz.explorer_engine import load_engine
+engine = load_engine()
+explorer = Explorer(engine, chains=16)
+explorer
+"""
+
+
+def notebook(*cells: str) -> str:
+    made = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source.strip(), "outputs": [], "execution_count": None}
+            for i, source in enumerate(cells)]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return json.dumps({"cells": made, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Notebooks, and everything that the servers write; the networks are trained before the clock runs."""
+    from hyperlatent.viz.explorer_engine import short_run
+
+    short_run()
+    folder = tmp_path_factory.mktemp("browser")
+    second = "view = Explorer(engine, sweep=False, chains=16)\nview"
+    (folder / "one.ipynb").write_text(notebook(CODE))
+    (folder / "two.ipynb").write_text(notebook(CODE, "explorer"))
+    (folder / "slow.ipynb").write_text(notebook(CODE.replace("explorer = Explorer(engine, chains=16)\nexplorer", second)))
+    shutil.copy(folder / "one.ipynb", folder / "app.ipynb")
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR",
+             "IPYTHONDIR", "MPLCONFIGDIR")
+    root = str(Path(__file__).resolve().parent.parent)
+    quiet = folder / "settings" / "@jupyterlab"
+    for place, content in (("docmanager-extension/plugin", {"autosave": False}), ("apputils-extension/notification", {"fetchNews": "false"})):
+        path = quiet / f"{place}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    places = {name: str(folder / name.lower()) for name in names} | {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
+    return os.environ | places | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+
+
+def served(command: list[str], folder: Path, found) -> tuple[subprocess.Popen, str]:
+    """The process and its address, once `found()` knows it."""
+    log = open(folder / f"{command[1]}.log", "w")
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(folder), stdout=log, stderr=log, start_new_session=True)
+    for _ in range(600):
+        if (address := found(process)) is not None: return process, address
+        assert process.poll() is None, Path(log.name).read_text()
+        time.sleep(0.1)
+    raise AssertionError(Path(log.name).read_text())
+
+
+def stopped(process: subprocess.Popen):
+    process.send_signal(signal.SIGTERM)
+    try: process.wait(20)
+    except subprocess.TimeoutExpired: os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def jupyterlab(folder):
+    def found(process):
+        path = folder / "jupyter_runtime_dir" / f"jpserver-{process.pid}.json"
+        try: server = json.loads(path.read_text())
+        except (OSError, ValueError): return None
+        assert server["token"]
+        return f"http://127.0.0.1:{server['port']}", server["token"]
+
+    process, address = served(
+        ["-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", "--ServerApp.port_retries=0",
+         "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.extension_manager=readonly",
+         "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"], folder, found)
+    yield address
+    stopped(process)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not path: pytest.fail("there is no chromium: run `apt-get install chromium`, or set CHROMIUM to its path")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+HARMLESS = ("favicon", "shutdown", "cdnjs.cloudflare.com", "cdn.jsdelivr.net", "ERR_INTERNET_DISCONNECTED", "ERR_NAME_NOT_RESOLVED",
+            "ERR_BLOCKED_BY_CLIENT")
+
+
+def opened(browser, url: str, **options):
+    """A page that remembers what went wrong on it, and cannot leave this machine."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(60_000)
+    page.wrong = []
+    page.on("pageerror", lambda error: page.wrong.append(f"error: {error}"))
+    page.on("console", lambda message: page.wrong.append(f"console: {message.text}") if message.type == "error" else None)
+
+    def local(route):
+        inside = route.request.url.split("/")[2].split(":")[0] in ("127.0.0.1", "localhost")
+        if inside: return route.continue_()
+        page.wrong.append(f"outside: {route.request.url}")
+        return route.abort("blockedbyclient")
+
+    page.route("**/*", lambda route: local(route) if route.request.url.startswith("http") else route.continue_())
+    page.goto(url)
+    return page
+
+
+def in_lab(browser, jupyterlab, name: str, **options):
+    """A notebook in a workspace of its own, all cells run without an error."""
+    address, token = jupyterlab
+    page = opened(browser, f"{address}/lab/workspaces/w{time.time_ns()}/tree/{name}?reset&token={token}", **options)
+    run_all(page)
+    return page
+
+
+def run_all(page):
+    page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget && window.jupyterapp.shell.currentWidget.context")
+    failed = page.evaluate("""async () => {
+        const app = window.jupyterapp; await app.restored;
+        const widget = app.shell.currentWidget; await widget.context.ready; await widget.sessionContext.ready;
+        await app.commands.execute('notebook:run-all-cells');
+        return widget.content.model.toJSON().cells.flatMap(c => c.outputs).filter(o => o.output_type === 'error').map(o => o.evalue); }""")
+    assert failed == []
+    page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000)
+
+
+def ready(page, frames: int = 41, root: str = ".hl-explorer"):
+    """Wait for the background sweep."""
+    page.wait_for_function("([root, n]) => { const d = document.querySelector(root).dataset; return d.frames >= n && d.busy === 'false'; }",
+                           arg=[root, frames], timeout=120_000)
+
+
+def shows(page, value, root: str = ".hl-explorer"):
+    page.wait_for_function("([root, v]) => document.querySelector(root).dataset.shown === v", arg=[root, str(value)])
+
+
+def pixels(page, number: int = 0) -> str:
+    return page.evaluate("n => document.querySelectorAll('.hl-explorer canvas')[n].toDataURL()", number)
+
+
+def plane(page) -> str:
+    return page.evaluate("() => document.querySelector('.hl-explorer .plane canvas').toDataURL()")
+
+
+def latencies(page, keys: list[str]) -> list[float]:
+    """Milliseconds from each key press to the paint with the new frame, measured in the page."""
+    page.evaluate("""() => {
+        window.measured = []; const root = document.querySelector('.hl-explorer'); let start = null;
+        document.addEventListener('keydown', event => { start = event.timeStamp; }, true);
+        new MutationObserver(() => { const shown = root.dataset.shown, wanted = root.querySelector('[name=guidance_scale]').value;
+            if (start === null || shown === '' || Number(shown) !== Number(wanted)) return;
+            const from = start; start = null;
+            requestAnimationFrame(() => { const channel = new MessageChannel();
+                channel.port1.onmessage = () => window.measured.push(performance.now() - from); channel.port2.postMessage(0); });
+        }).observe(root, { attributes: true, attributeFilter: ['data-drawn'] }); }""")
+    page.focus(".hl-explorer [name=guidance_scale]")
+    for i, key in enumerate(keys):
+        page.keyboard.press(key)
+        page.wait_for_function("n => window.measured.length > n", arg=i)
+    return page.evaluate("() => window.measured")
+
+
+def report(name: str, times: list[float]) -> tuple[float, float]:
+    median, p90 = statistics.median(times), sorted(times)[int(0.9 * len(times))]
+    print(f"\n{name}: median {median:.0f} ms, 90th percentile {p90:.0f} ms, {os.getloadavg()[0]:.1f} processes on {os.cpu_count()} cores")
+    return median, p90
+
+
+def violations(page) -> list[str]:
+    """What axe-core finds in the explorer, serious or critical."""
+    page.evaluate((Path(find_spec("axe_playwright_python").origin).parent / "axe.min.js").read_text())
+    found = page.evaluate("() => axe.run('.hl-explorer')")["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html'][:100]}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+def alert(page) -> str:
+    page.wait_for_function("() => document.querySelector('.hl-explorer [role=alert]').textContent")
+    return page.inner_text(".hl-explorer [role=alert]")
+
+
+def ask(page, name: str, value: str):
+    page.fill(f".hl-explorer [name={name}]", value)
+    page.keyboard.press("Enter")
+
+
+@pytest.fixture(scope="module")
+def lab(browser, jupyterlab):
+    page = in_lab(browser, jupyterlab, "one.ipynb", viewport={"width": 1400, "height": 1500})
+    ready(page)
+    yield page
+    page.context.close()
+
+
+def test_the_slider_by_keyboard_and_mouse(lab):
+    """Every step of the slider changes the state and the picture; once the sweep is there, within a frame or two."""
+    before = plane(lab)
+    times = latencies(lab, ["ArrowRight"] * 12 + ["ArrowLeft"] * 8)
+    shows(lab, 2.5)
+    assert plane(lab) != before
+    median, p90 = report("slider, sweep there", times)
+    assert median < 35 * slack() and p90 < 80 * slack()
+    box = lab.locator(".hl-explorer [name=guidance_scale]").bounding_box()
+    y = box["y"] + box["height"] / 2
+    lab.mouse.move(box["x"] + box["width"] / 4, y)
+    lab.mouse.down()
+    for i in range(20): lab.mouse.move(box["x"] + box["width"] * (0.25 + 0.025 * i), y)
+    lab.mouse.move(box["x"] + box["width"] - 2, y)
+    lab.mouse.up()
+    shows(lab, 10)  # the last value wins
+    kernel = "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
+    assert lab.evaluate(kernel) in ("idle", "busy") and lab.wrong == []
+
+
+def slack() -> float:
+    """Other processes on the same cores slow every paint down; alone on the machine this is 1."""
+    return max(1.0, os.getloadavg()[0] / os.cpu_count())
+
+
+def test_questions_methods_and_steps(lab):
+    ask(lab, "question", "what color is the purple elephant?")
+    assert "elephant" in alert(lab)
+    ask(lab, "question", "what is the colour of a star")
+    assert "colour" in alert(lab)
+    ask(lab, "question", "what is the color of the star?")
+    lab.wait_for_function("() => document.querySelector('.hl-explorer .note').textContent.includes('what color is the star?')"
+                          " || document.querySelector('.hl-explorer .note').textContent.includes('star')")
+    ready(lab)
+    assert lab.inner_text(".hl-explorer [role=alert]") == ""
+    lab.select_option(".hl-explorer [name=method]", "both")
+    lab.wait_for_function("() => !document.querySelectorAll('.hl-explorer .plane')[1].hidden")
+    ready(lab, 42)
+    assert len({pixels(lab, i) for i in range(lab.locator('.hl-explorer figure canvas').count())}) >= 4
+    whole = plane(lab)
+    lab.focus(".hl-explorer [name=step]")
+    for _ in range(5): lab.keyboard.press("ArrowLeft")
+    lab.wait_for_function("() => document.querySelector('.hl-explorer').dataset.step === '20'")
+    assert plane(lab) != whole
+    lab.click(".hl-explorer button:text('Play')")
+    lab.wait_for_function("() => document.querySelector('.hl-explorer').dataset.step === '25'")
+    ask(lab, "negative_question", "what shape is the large object?")
+    ready(lab, 42)
+    assert plane(lab) != whole and lab.wrong == []
+    ask(lab, "negative_question", "")
+
+
+def test_compare_zoo_points_sampler_and_umap(lab):
+    lab.select_option(".hl-explorer [name=method]", "classifier-free")
+    ready(lab)
+    before = plane(lab)
+    lab.click(".hl-explorer button:text('Compare')")
+    lab.wait_for_function("() => document.querySelector('.hl-explorer').dataset.ghost === 'true'")
+    lab.select_option(".hl-explorer [name=sampler]", "dpmsolver++")
+    lab.fill(".hl-explorer [name=seed]", "7")
+    lab.keyboard.press("Enter")
+    ready(lab)
+    assert plane(lab) != before
+    box = lab.locator(".hl-explorer .plane canvas").first.bounding_box()
+    for part in range(30, 70):  # somewhere there is a zoo point
+        lab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * part / 100)
+        if lab.is_visible(".hl-explorer .tip"): break
+    assert lab.inner_text(".hl-explorer .tip").strip()
+    lab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] * part / 100)
+    assert "training question" in lab.inner_text(".hl-explorer .note")
+    lab.select_option(".hl-explorer [name=projection]", "umap")
+    ready(lab)
+    assert lab.evaluate("() => document.querySelector('.hl-explorer').dataset.shown") != "" and lab.wrong == []
+    lab.select_option(".hl-explorer [name=projection]", "pca")
+    ready(lab)
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_themes_and_accessibility(lab, theme):
+    lab.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+    wanted = theme.split()[1].lower()
+    lab.wait_for_function("wanted => document.querySelector('.hl-explorer').dataset.theme === wanted", arg=wanted)
+    lab.wait_for_timeout(200)
+    background = lab.evaluate("""() => { const c = document.querySelector('.hl-explorer .plane canvas');
+        return c.getContext('2d').getImageData(2, 2, 1, 1).data[0]; }""")
+    assert background < 60 if wanted == "dark" else background > 200
+    assert violations(lab) == []
+    small = lab.evaluate("""() => [...document.querySelectorAll('.hl-explorer *')].filter(e => e.textContent.trim() && e.offsetParent)
+        .filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.className)""")
+    assert small == []  # 9 pt
+
+
+def test_the_kernel_computes_in_time(browser, jupyterlab):
+    """Without the sweep every step goes to the kernel and back."""
+    page = in_lab(browser, jupyterlab, "slow.ipynb", viewport={"width": 1400, "height": 1500})
+    ready(page, 1)
+    times = latencies(page, ["ArrowRight"] * 20)
+    shows(page, 6.5)
+    median, p90 = report("slider, kernel computes", times)
+    assert median < 80 * slack() and p90 < 160 * slack() and page.wrong == []
+    page.context.close()
+
+
+def test_two_views_two_tabs_and_a_restart(browser, jupyterlab):
+    page = in_lab(browser, jupyterlab, "two.ipynb", viewport={"width": 1400, "height": 2600})
+    page.wait_for_function("() => document.querySelectorAll('.hl-explorer').length === 2")
+    page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.frames >= 41)", timeout=120_000)
+    page.locator(".hl-explorer [name=guidance_scale]").first.focus()
+    page.keyboard.press("End")
+    page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.shown === '10')")
+    other = in_lab(browser, jupyterlab, "two.ipynb")  # the same kernel
+    other.wait_for_function("() => document.querySelector('.hl-explorer').dataset.frames >= 41", timeout=120_000)
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("() => document.querySelector('.hl-explorer').dataset.shown === '9.75'")
+    assert other.evaluate("() => document.querySelector('.hl-explorer').dataset.shown") == "1.5"
+    other.context.close()
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    run_all(page)
+    ready(page)
+    assert [wrong for wrong in page.wrong if "WebSocket" not in wrong] == []
+    page.context.close()
+
+
+def test_the_app(browser, folder):
+    """`hyperlatent explore --app`, which is Voila with a token."""
+    from hyperlatent.commands.explore import Explore
+
+    command = Explore(app=True, notebook=Path("app.ipynb"), port=18_866, browser=False).command()[1:]
+    token = "for-the-test"
+    command[command.index("--token")] = f"--token={token}"
+    log = folder / "-m.log"
+    process, address = served(command, folder, lambda _: "http://127.0.0.1:18866" if "running at" in log.read_text() else None)
+    try:
+        page = opened(browser, f"{address}/?token={token}", viewport={"width": 500, "height": 1000})
+        page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000)
+        ready(page)
+        page.focus(".hl-explorer [name=guidance_scale]")
+        page.keyboard.press("Home")
+        shows(page, 0)
+        assert violations(page) == []
+        # a narrow window reflows: nothing sticks out
+        assert page.evaluate("() => { const e = document.querySelector('.hl-explorer'); return e.scrollWidth <= e.clientWidth + 1; }")
+        assert [wrong for wrong in page.wrong if not any(word in wrong for word in HARMLESS)] == []
+        page.context.close()
+    finally: stopped(process)
+
+
+def test_the_page_without_a_kernel(browser, folder):
+    from hyperlatent.viz.explorer import export_html
+    from hyperlatent.viz.explorer_engine import load_engine
+
+    export_html(load_engine(), folder / "page.html", chains=8, method="both")
+    page = opened(browser, (folder / "page.html").as_uri(), viewport={"width": 1300, "height": 1200})
+    page.wait_for_selector(".hl-explorer[data-shown='1.5']")
+    before = plane(page)
+    median, p90 = report("slider, page without a kernel", latencies(page, ["ArrowRight"] * 10))
+    assert plane(page) != before and median < 35 * slack()
+    assert violations(page) == [] and page.wrong == []
+    page.context.close()
