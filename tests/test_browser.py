@@ -109,7 +109,7 @@ def browser():
 
 
 HARMLESS = ("favicon", "shutdown", "cdnjs.cloudflare.com", "cdn.jsdelivr.net", "ERR_INTERNET_DISCONNECTED", "ERR_NAME_NOT_RESOLVED",
-            "ERR_BLOCKED_BY_CLIENT")
+            "ERR_BLOCKED_BY_CLIENT", "RUNTIME-012")  # the last: another package's extension for JupyterLab that Voila has no use for
 
 
 def opened(browser, url: str, **options):
@@ -347,7 +347,7 @@ def test_the_app(browser, folder):
     command = Explore(app=True, notebook=Path("app.ipynb"), port=18_866, browser=False).command()[1:]
     token = "for-the-test"
     command[command.index("--token")] = f"--token={token}"
-    log = folder / "-m.log"
+    log = folder / "voila.log"
     process, address = served(command, folder, lambda _: "http://127.0.0.1:18866" if "running at" in log.read_text() else None)
     try:
         page = opened(browser, f"{address}/?token={token}", viewport={"width": 500, "height": 1000})

@@ -449,9 +449,10 @@ export function mount(el, link) {
 
   // ---------------------------------------------------------------- theme and size
   function dress() {
+    if (!root.isConnected) return; // widgets are made before they are put on the page
     // by the colour that is really behind the page: it works in JupyterLab, Voila and a plain file
     let node = el, colour = null;
-    while (node && node instanceof Element) { const c = getComputedStyle(node).backgroundColor.match(/[\d.]+/g).map(Number); if (c.length < 4 || c[3] > 0.5) { colour = c; break; } node = node.parentElement; }
+    while (node && node instanceof Element) { const c = getComputedStyle(node).backgroundColor.match(/[\d.]+/g)?.map(Number) ?? [0, 0, 0, 0]; if (c.length < 4 || c[3] > 0.5) { colour = c; break; } node = node.parentElement; }
     const flag = document.body.getAttribute("data-jp-theme-light");
     const dark = flag ? flag === "false" : colour ? 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] < 110 : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "dark" : "light";
@@ -462,7 +463,7 @@ export function mount(el, link) {
   watcher.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "data-jp-theme-name", "class", "style"] });
   const media = matchMedia("(prefers-color-scheme: dark)");
   media.addEventListener("change", dress);
-  const sizes = new ResizeObserver(redraw);
+  const sizes = new ResizeObserver(() => root.dataset.theme ? redraw() : dress());
   for (const view of [left, right, along, curve]) sizes.observe(view.canvas);
   dress();
   show();

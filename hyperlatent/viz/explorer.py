@@ -157,7 +157,7 @@ def messages(
         if i % 4 == 0: yield status(f"computing all guidance scales: {i + 1} of {len(left)}", True, (i + 1) / len(left))
     yield status("ready", False)
 
-# %% ../../nbs/52_explorer.ipynb #d5155f6f
+# %% ../../nbs/52_explorer.ipynb #26f4dc46
 HERE = Path(__file__).parent if "__file__" in globals() else Path("../hyperlatent/viz").resolve()
 
 
@@ -180,14 +180,15 @@ class Explorer(anywidget.AnyWidget):
         self.observe(lambda change: self.worker.give(change.new), "settings")
 
     def _receive(self, _, message, buffers) -> None:
-        if message.get("type") == "hello": self.worker.give(("hello", self.settings))
+        if message.get("type") == "hello":  # a page that has nothing yet
+            self.known = Known()
+            self.worker.give(self.settings)
         if message.get("type") == "stop":
             self.worker.give(None)
             self.send({"type": "status", "text": "stopped", "busy": False, "part": None})
 
     def _work(self, item, outdated) -> None:
         try:
-            if isinstance(item, tuple): self.known, item = Known(), item[1]  # a page that has nothing yet
             request = Request.of(item)
             for message, buffers in messages(self.engine, request, self.known, outdated, self.sweep):
                 self.send(message, buffers)
