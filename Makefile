@@ -12,6 +12,8 @@ demo: $(VENV)/.installed
 	$(BIN)/hyperlatent demo --out runs/demo --seed 0
 
 test: $(VENV)/.installed-dev
+	@command -v chromium >/dev/null || (apt-get -qq update && apt-get -qq install -y chromium) || \
+		echo "The browser tests need chromium and it could not be installed: install it, or set CHROMIUM to its path." >&2
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 

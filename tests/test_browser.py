@@ -4,6 +4,7 @@ The servers listen on 127.0.0.1 with their token on and keep all their files in 
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -68,8 +69,9 @@ def served(command: list[str], folder: Path, found) -> tuple[subprocess.Popen, s
     process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(folder), stdout=log, stderr=log, start_new_session=True)
     for _ in range(600):
         if (address := found(process)) is not None: return process, address
-        assert process.poll() is None, Path(log.name).read_text()
+        if process.poll() is not None: break
         time.sleep(0.1)
+    stopped(process)
     raise AssertionError(Path(log.name).read_text())
 
 
@@ -348,9 +350,10 @@ def test_the_app(browser, folder):
     token = "for-the-test"
     command[command.index("--token")] = f"--token={token}"
     log = folder / "voila.log"
-    process, address = served(command, folder, lambda _: "http://127.0.0.1:18866" if "running at" in log.read_text() else None)
+    port = lambda _: (found := re.search(r"running at:\s+http://[^:]+:(\d+)", log.read_text())) and found[1]
+    process, port = served(command, folder, port)
     try:
-        page = opened(browser, f"{address}/?token={token}", viewport={"width": 500, "height": 1000})
+        page = opened(browser, f"http://127.0.0.1:{port}/?token={token}", viewport={"width": 500, "height": 1000})
         page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000)
         ready(page)
         page.focus(".hl-explorer [name=guidance_scale]")

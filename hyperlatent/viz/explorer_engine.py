@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SCALES', 'Request', 'Frame', 'Memory', 'Asked', 'Engine', 'short_run', 'load_engine']
 
-# %% ../../nbs/51_explorer_engine.ipynb #acf33996
+# %% ../../nbs/51_explorer_engine.ipynb #0ef905d4
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..adapt import adapt
-from ..data.prepare import cache_folder
+from ..data.prepare import cache_folder, locked
 from ..errors import ConfigError, HyperLatentError
 from ..evaluate import Models
 from ..guidance import ClassifierFreeGuidance, ClassifierGuidance, sample_seeds
@@ -246,14 +246,15 @@ def _png(picture: Tensor) -> bytes:
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "png")
     return buffer.getvalue()
 
-# %% ../../nbs/51_explorer_engine.ipynb #5e3c8353
+# %% ../../nbs/51_explorer_engine.ipynb #5cf40e1c
 def short_run() -> Path:
     "The folder of a short training run, which is made if it is not in the cache: two minutes, once."
     from hyperlatent.stages import opened, train
 
     folder = cache_folder() / "short-run"
-    if not (folder / "hyperldm").exists():
-        with opened(folder, preset("scenes-quick")) as chain: train(chain)
+    with locked(cache_folder() / "short-run-lock"):  # two notebooks may ask for it at once
+        if not (folder / "hyperldm").exists():
+            with opened(folder, preset("scenes-quick")) as chain: train(chain)
     return folder
 
 
