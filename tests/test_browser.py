@@ -37,10 +37,10 @@ def notebook(*cells: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Notebooks, and everything that the servers write; the networks are trained before the clock runs."""
-    from hyperlatent.viz.explorer_engine import short_run
+    """Notebooks, and everything that the servers write; pictures are encoded and UMAP is fitted before the clock runs."""
+    from hyperlatent.viz.explorer_engine import load_engine
 
-    short_run()
+    load_engine().plane("umap")
     folder = tmp_path_factory.mktemp("browser")
     second = "view = Explorer(engine, sweep=False, chains=16)\nview"
     (folder / "one.ipynb").write_text(notebook(CODE))
