@@ -6,7 +6,7 @@
 __all__ = ['Settings', 'COMMANDS', 'Demo', 'Train', 'Evaluate', 'TrainClip', 'Table', 'say', 'base_settings', 'merged', 'parse',
            'main']
 
-# %% ../nbs/43_cli.ipynb #6bfcc30a
+# %% ../nbs/43_cli.ipynb #e729e403
 import json
 import os
 import sys
@@ -17,8 +17,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .commands.data import Prepare
+from .commands.data import Encoders, Prepare
 from .commands.explore import Explore
+from .commands.folder import Rehearse
+from .commands.pipeline import Generate, Predict, Ship
 from .config import from_dict, load_config, to_dict
 from .errors import ConfigError, HyperLatentError
 from .settings import ClipTrainingConfig, Config, preset
@@ -34,12 +36,13 @@ class Demo:
     preset: Literal["reference", "scenes", "scenes-quick"] = "scenes"  # the settings to start from
     quick: bool = False  # the preset scenes-quick: a short version with a worse table
     config: Path | None = None  # a JSON file with settings that differ from the preset
+    tracker: tuple[str, ...] = ()  # tensorboard, wandb, ...: curves of all trainings, below OUT/logs
     settings: Settings = field(default_factory=lambda: preset("scenes"))
 
     def run(self) -> None:
         from hyperlatent import stages
 
-        stages.run(self.out, self.settings, progress=sys.stderr.isatty(), say=say)
+        stages.run(self.out, self.settings, progress=sys.stderr.isatty(), say=say, trackers=self.tracker)
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Train(Demo):
     def run(self) -> None:
         from hyperlatent import stages
 
-        with stages.opened(self.out, self.settings, progress=sys.stderr.isatty(), say=say) as chain:
+        with stages.opened(self.out, self.settings, progress=sys.stderr.isatty(), say=say, trackers=self.tracker) as chain:
             stages.train(chain)
 
 # %% ../nbs/43_cli.ipynb #98b845f2
@@ -97,8 +100,9 @@ def say(line: str) -> None:
     "Print a line at once, also into a file or pipe."
     print(line, flush=True)
 
-# %% ../nbs/43_cli.ipynb #0570b7b5
-COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "train-clip": TrainClip,
+# %% ../nbs/43_cli.ipynb #11a3295b
+COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "rehearse": Rehearse,
+            "encoders": Encoders, "train-clip": TrainClip, "generate": Generate, "predict": Predict, "ship": Ship,
             "explore": Explore}
 
 
