@@ -66,7 +66,8 @@ def environment(folder: Path) -> dict[str, str]:
 def served(command: list[str], folder: Path, found) -> tuple[subprocess.Popen, str]:
     """The process and its address, once `found()` knows it."""
     log = open(folder / f"{command[1]}.log", "w")
-    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(folder), stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(folder), stdout=log, stderr=log,
+                               start_new_session=True)
     for _ in range(600):
         if (address := found(process)) is not None: return process, address
         if process.poll() is not None: break
