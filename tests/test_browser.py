@@ -55,7 +55,8 @@ def environment(folder: Path) -> dict[str, str]:
              "IPYTHONDIR", "MPLCONFIGDIR")
     root = str(Path(__file__).resolve().parent.parent)
     quiet = folder / "settings" / "@jupyterlab"
-    for place, content in (("docmanager-extension/plugin", {"autosave": False}), ("apputils-extension/notification", {"fetchNews": "false"})):
+    calm = {"docmanager-extension/plugin": {"autosave": False}, "apputils-extension/notification": {"fetchNews": "false"}}
+    for place, content in calm.items():
         path = quiet / f"{place}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
