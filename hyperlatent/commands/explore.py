@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['explorer_notebook', 'Explore']
 
-# %% ../../nbs/43_commands_explore.ipynb #31acfb72
+# %% ../../nbs/43_commands_explore.ipynb #9cebc2e1
 import importlib.util
 import json
 import subprocess
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import write_json
 
 # %% ../../nbs/43_commands_explore.ipynb #5ba41fa0
 def explorer_notebook(folder: str | None = None) -> dict:
@@ -27,7 +26,7 @@ def explorer_notebook(folder: str | None = None) -> dict:
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
-# %% ../../nbs/43_commands_explore.ipynb #7722208e
+# %% ../../nbs/43_commands_explore.ipynb #4b52a8ba
 @dataclass
 class Explore:
     "The interactive explorer, in JupyterLab or as an app."
@@ -38,6 +37,8 @@ class Explore:
     browser: bool = True  # open a browser
 
     def run(self) -> None:
+        from hyperlatent.files import write_json
+
         if not self.notebook.exists():
             write_json(self.notebook, explorer_notebook(None if self.out is None else str(self.out.resolve())))
         subprocess.run(self.command(), check=False)
