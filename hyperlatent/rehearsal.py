@@ -54,7 +54,7 @@ def peak_memory() -> float:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-# %% ../nbs/43_rehearsal.ipynb #17c7ff52
+# %% ../nbs/43_rehearsal.ipynb #003d8662
 @dataclass
 class Stage:
     "What one stage of a rehearsal took."
@@ -105,7 +105,7 @@ class Meter:
         return stage
 
 
-def stages_of(config: Config) -> dict[str, float]:
+def stages_of(config: Config) -> dict[str, int]:
     "The chain's stages, each with the steps that its untrained part takes: adapting, walking, sampling."
     scales = 1 + len(config.evaluate.guidance_scales)
     work: dict[str, float] = {"tasks": 1, "multitask": 1, "hnet": config.hnet.inner.steps, "zoo": config.zoo.runs * config.zoo.inner.steps,
