@@ -76,7 +76,8 @@ def _coco_task(number, rich, large, on_picture, ways, pictures_per_way, support_
     lots, support, query = random.Random(f"{seed} {number}"), [], []
     for _ in range(100):  # things that are always seen together leave too few pictures: then others are drawn
         chosen = lots.sample(rich, ways)
-        alone = [[image for image in large[c] if on_picture[image].isdisjoint({*chosen} - {c})] for c in chosen]
+        others = {c: {*chosen} - {c} for c in chosen}
+        alone = [[image for image in large[c] if on_picture[image].isdisjoint(others[c])] for c in chosen]
         if min(map(len, alone)) >= pictures_per_way: break
     else: raise TaskError(f"no {ways} things have {pictures_per_way} pictures each without the others", "Ask for fewer")
     cut = min(max(1, round(support_share * pictures_per_way)), pictures_per_way - 1)
