@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'SCALES', 'Request', 'Frame', 'Memory', 'Asked', 'Engine', 'load_engine']
 
-# %% ../../nbs/51_explorer_engine.ipynb #94b4732c
+# %% ../../nbs/51_explorer_engine.ipynb #27113539
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from ..data.prepare import cache_folder
 from ..errors import ConfigError, HyperLatentError
 from ..evaluate import Models
 from ..guidance import ClassifierFreeGuidance, ClassifierGuidance, sample_seeds
+from ..inference import for_inference
 from ..settings import Config, preset
 from ..tasks import TaskSet
 from .answers import Answers
@@ -72,7 +73,7 @@ class Frame:
     key_points: list[int]
     together: float  # accuracy of the final networks' vote
 
-# %% ../../nbs/51_explorer_engine.ipynb #8c7baf8b
+# %% ../../nbs/51_explorer_engine.ipynb #a701d7cb
 class Memory(OrderedDict):
     "A dictionary that forgets what has not been used for longest."
     def __init__(self, most: int):
@@ -114,6 +115,9 @@ class Engine:
         self.encode, self.unknown_words, self.pictures = encode, unknown_words, pictures
         self._numbers = {text: i for i, t in enumerate(tasks.tasks) for text in (t.question, *t.paraphrases, *t.unseen_paraphrases)}
         self._asked, self._frames, self._planes = Memory(8), Memory(6 * len(SCALES)), {}
+        denoiser = for_inference(models.denoiser, packed=True)
+        self._guides = {name: ClassifierFreeGuidance(denoiser, name) for name in CHOICES["sampler"]}
+        self._encode = models.hyperclip.of_latents(models.hnet)
         self.test = [i for i, t in enumerate(tasks.tasks) if t.split == "meta-test"] or [*range(len(tasks))]
 
     def plane(self, name: str) -> Plane | NeighbourMap:
@@ -129,7 +133,7 @@ class Engine:
 
     def _few_paths(self):
         questions = self.models.train.batch(range(0, len(self.models.train), max(1, len(self.models.train) // 6))).question_features
-        guide, seeds = ClassifierFreeGuidance(self.models.denoiser), sample_seeds(2, torch.Generator().manual_seed(0), len(questions))
+        guide, seeds = self._guides["ddim"], sample_seeds(2, torch.Generator().manual_seed(0), len(questions))
         return [guide(questions, guidance_scale=scale, seeds=seeds, num_inference_steps=20) for scale in (0.0, 1.5, 6.0)]
 
     def scene(self, projection: str) -> dict[str, Any]:
@@ -201,9 +205,8 @@ class Engine:
         seeds = sample_seeds(request.chains, torch.Generator().manual_seed(request.seed))
         options = dict(seeds=seeds, num_inference_steps=request.num_inference_steps, callback_on_step_end=on_step)
         if free:
-            guide = ClassifierFreeGuidance(models.denoiser, request.sampler)
-            return guide(asked.features, guidance_scale=request.guidance_scale,
-                         negative_features=self.features(request.negative_question), **options)
+            return self._guides[request.sampler](asked.features, guidance_scale=request.guidance_scale,
+                negative_features=self.features(request.negative_question), **options)
         # the chains start around z0, as far apart as the runs of one zoo task, so that there is more than one path to see
         start, spread = models.hnet.z0.detach(), models.zoo.latents.std(0).mean()
         noise = [torch.randn(len(start), generator=torch.Generator().manual_seed(seed)) for seed in seeds.flatten().tolist()]
@@ -216,9 +219,8 @@ class Engine:
     def _frame(self, request: Request, walk) -> Frame:
         asked = self.ask(request.question)
         clean = torch.cat([walk.predicted_z0, walk.z[-1:]])[:, :, 0]  # (point, chain, latent)
-        encode = self.models.hyperclip.of_latents(self.models.hnet)
-        cosine = encode(clean) @ torch.nn.functional.normalize(asked.features[0], dim=0)
-        keys = sorted({round(i * walk.num_steps / 4) for i in range(5)})
+        cosine = self._encode(clean) @ torch.nn.functional.normalize(asked.features[0], dim=0)
+        keys = sorted({0, walk.num_steps // 2, walk.num_steps})
         votes = torch.stack([asked.answers.probabilities(clean[k]) for k in keys])
         right = (votes[-1].argmax(-1) == asked.answers.labels[asked.answers.batch.query.mask[0]]).float().mean().item()
         path = self.plane(request.projection).project(walk.z[:, :, 0])
