@@ -217,14 +217,14 @@ _SCENES = Config(
         latent_dim=64, hidden=(128, 128), output_scale=0.3, method="auto_decoder", samples_per_task=40,
         inner=AdaptConfig(steps=20, learning_rate=0.1, optimizer="adam", prior_weight=1e-3),
         fit=FitConfig(steps=1500, batch_size=48, weight_decay=1e-4, validate_every=250)),
-    zoo=ZooConfig(runs=3, samples_per_task=40,
+    zoo=ZooConfig(runs=8, samples_per_task=40,
                   inner=AdaptConfig(steps=20, learning_rate=0.1, optimizer="adam", prior_weight=1e-3)),
     hyperclip=HyperCLIPConfig(
         hidden=(256, 128), latent_noise=0.3, num_inference_steps=60, learning_rate=0.02,
         fit=FitConfig(steps=600, batch_size=256, weight_decay=1e-2, validate_every=100)),
     hyperldm=HyperLDMConfig(
         hidden=256, blocks=3, dropout=0.1, prediction_type="v_prediction", scheduler="ddim", num_inference_steps=25,
-        num_samples=4,
+        num_samples=8,
         fit=FitConfig(steps=1500, batch_size=512, weight_decay=1e-2, ema_decay=0.998, validate_every=250)),
     evaluate=EvaluateConfig(
         guidance_scales=(0.0, 0.5, 1.0, 1.5, 3.0, 5.0),
@@ -256,7 +256,7 @@ def _quick(config: Config) -> Config:
         text_hypernetwork=replace(config.text_hypernetwork, fit=shorter(config.text_hypernetwork.fit, 150)),
         text_film=replace(config.text_film, fit=shorter(config.text_film.fit, 150)),
         hyperclip=replace(config.hyperclip, fit=shorter(config.hyperclip.fit, 200), num_inference_steps=40),
-        hyperldm=replace(config.hyperldm, fit=shorter(config.hyperldm.fit, 400), num_inference_steps=20))
+        hyperldm=replace(config.hyperldm, fit=shorter(config.hyperldm.fit, 400), num_inference_steps=20, num_samples=4))
 
 
 PRESETS = {"reference": Config(), "scenes": _SCENES, "scenes-quick": _quick(_SCENES)}
