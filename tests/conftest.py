@@ -16,6 +16,8 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+# libraries may have asked for more since; a forked child would wait for ever for threads that it does not have
+os.register_at_fork(before=lambda: torch.set_num_threads(1))
 SHAPE_CHECKS = install_import_hook("hyperlatent", "beartype.beartype")  # kept: it lasts as long as it is referenced
 
 
