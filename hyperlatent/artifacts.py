@@ -98,7 +98,8 @@ def _check_place(folder, documents):
             there = []
             with suppress(FileNotFoundError):  # nothing is there, or another writer has just moved it away
                 there = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
-    if there and _DESCRIPTION not in there:
+    replaced = (folder / _DESCRIPTION).exists() or being_replaced(folder)  # by another writer, while its names were read
+    if there and _DESCRIPTION not in there and not replaced:
         raise ArtifactError(f"{str(folder)!r} exists and is not an artifact", "Choose another folder")
 
 
@@ -144,7 +145,9 @@ def _keep_what_others_left(old, new):
         ours = {_DESCRIPTION, *_read_description(old)["files"]}
     except ArtifactError:
         ours = {_DESCRIPTION, _WEIGHTS}
-    for p in list(old.iterdir()) if old.is_dir() else ():
+    there = []
+    with suppress(FileNotFoundError, NotADirectoryError): there = list(old.iterdir())  # another writer may have moved it away
+    for p in there:
         if p.name not in ours and not (new / p.name).exists():
             folder = p.is_dir() and not p.is_symlink()
             copy = partial(shutil.copytree, symlinks=True) if folder else partial(shutil.copy2, follow_symlinks=False)

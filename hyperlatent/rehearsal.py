@@ -111,7 +111,7 @@ def stages_of(config: Config) -> dict[str, int]:
     work: dict[str, float] = {"tasks": 1, "multitask": 1, "hnet": config.hnet.inner.steps, "zoo": config.zoo.runs * config.zoo.inner.steps,
             "hyperclip": config.hyperclip.num_inference_steps, "hyperldm": config.hyperldm.num_inference_steps,
             "evaluate": scales * config.hyperldm.num_inference_steps}
-    return work | {f.name: 1 for f in fields(config) if hasattr(getattr(config, f.name), "fit") and f.name not in work}
+    return work | {f.name: 1 for f in fields(config) if hasattr(getattr(config, f.name), "fit") and f.name not in work}  # type: ignore[return-value]
 
 # %% ../nbs/43_rehearsal.ipynb #e2f98845
 def rehearse(

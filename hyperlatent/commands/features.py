@@ -51,6 +51,7 @@ class Features:
             tasks, self.images, self.out, encoder, questions=self.questions, on_missing=self.on_missing, accelerator=accelerator,
             batch_size=self.batch_size, workers=self.workers, fetch=self.images[0] if self.download else None, source=made_by,
             progress=sys.stderr.isatty() and accelerator.is_main_process)
+        accelerator.end_training()  # a process that ends while it is in its group may be aborted
         if taskset is not None: print(f"{taskset}\nnow: hyperlatent train --tasks {self.out / 'tasks'}")
 
 

@@ -28,10 +28,10 @@ class Answers:
         if self.quick: self._multiply(batch.query.features[0], batch.answer_features[0])
 
     def _multiply(self, x: Tensor, answers: Tensor):
-        (d, h), last = (self.base.dim, self.base.hidden), self.network.readout
+        (d, h), last = (self.base.dim, self.base.hidden), self.network.readout  # type: ignore[attr-defined]
         bias = torch.zeros(last.out_features) if last.bias is None else last.bias
         columns = torch.cat([last.weight, bias[:, None]], 1).detach()  # what every hidden unit adds to the weights, then the bias
-        w1, b1, w2, b2 = (part.view(*shape, -1) for part, shape in zip(columns.split(self.base.sizes), ((h, d), (h,), (d, h), (d,))))
+        w1, b1, w2, b2 = (part.view(*shape, -1) for part, shape in zip(columns.split(self.base.sizes), ((h, d), (h,), (d, h), (d,))))  # type: ignore[attr-defined]
         self.first = (torch.einsum("hdk,sd->ksh", w1, x) / math.sqrt(d) + b1.mT[:, None]).contiguous()
         self.second = (torch.einsum("dhk,ad->kah", w2, answers) / math.sqrt(h)).contiguous()
         self.constant, self.shift = x @ answers.T, answers @ b2  # (sample, answer), (answer, unit)
@@ -62,4 +62,4 @@ class Answers:
     def probabilities(self, z: Float[Tensor, "sample latent"]) -> Float[Tensor, "picture answer"]:
         "Each answer's probability for each query picture, the mean over the latents' networks: their vote."
         copies = self.batch.repeat(len(z))
-        return self.base.logits(self.network(z), copies.query.features, copies).softmax(-1).mean(0)[self.batch.query.mask[0]]
+        return self.base.logits(self.network(z), copies.query.features, copies).softmax(-1).mean(0)[self.batch.query.mask[0]]  # type: ignore[attr-defined]

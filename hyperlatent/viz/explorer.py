@@ -39,7 +39,7 @@ class Latest:
     def give(self, item: Any) -> None:
         "Work on this next; None only stops what is being worked on."
         with self._new:
-            self._item, self._generation = (item,), self._generation + 1
+            self._item, self._generation = (item,), self._generation + 1  # type: ignore[assignment]
             self.idle.clear()
             self._new.notify()
 

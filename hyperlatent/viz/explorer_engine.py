@@ -60,7 +60,7 @@ class Request:
             number = known[name] in (int, float) and isinstance(value, int | float) and not isinstance(value, bool)
             if value not in allowed or not (number or isinstance(value, known[name])):
                 raise ConfigError(f"{name} is {value!r}", f"Give one of {allowed}" if name in CHOICES else f"Give a {known[name].__name__}")
-        return cls(**{name: known[name](value) for name, value in values.items()})
+        return cls(**{name: known[name](value) for name, value in values.items()})  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Engine:
         if number is not None: return features, number, f"another wording of: {self.tasks.questions[number]}"
         table, owner = self.tasks.question_phrases()
         number = owner[(table @ features[0]).argmax()].item()
-        return features, number, f"judged by the pictures of the most similar question: {self.tasks.questions[number]}"
+        return features, number, f"judged by the pictures of the most similar question: {self.tasks.questions[number]}"  # type: ignore[return-value]
 
     def landscape(self, request: Request, size: int = 40) -> Float[Tensor, "row column"]:
         "Accuracy of the networks at the points of the plane, bottom row first."
@@ -232,7 +232,7 @@ class Engine:
         earlier = lambda i: sum(answer == task.query[i][1] for _, answer in task.query[:i])  # pictures with the same answer
         chosen = sorted(range(len(task.query)), key=lambda i: (earlier(i), task.query[i][1]))[:most]
         images = [task.query[i][0] for i in chosen]
-        drawn = [_png(picture) for picture in self.pictures(images)] if self.pictures else [b""] * len(images)
+        drawn = [_png(picture) for picture in self.pictures(images)] if self.pictures else [b""] * len(images)  # type: ignore[arg-type]
         return dict(chosen=chosen, right=[task.query[i][1] for i in chosen], answers=list(task.answers), pictures=drawn)
 
 

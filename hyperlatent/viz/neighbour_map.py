@@ -57,7 +57,7 @@ class NeighbourMap:
         inputs, folder = {"latents": fingerprint({"latents": latents.detach().cpu().contiguous()})}, Path(folder)
         if (folder / "artifact.json").exists():
             artifact = load_artifact(folder, "umap")
-            if artifact.inputs == inputs: return cls(**artifact.tensors, **artifact.metrics)
+            if artifact.inputs == inputs: return cls(**artifact.tensors, **artifact.metrics)  # type: ignore[arg-type]
         found = cls.fit(latents, say=say)
         save_artifact(folder, "umap", dict(latents=found.latents, places=found.places), inputs=inputs,
                       metrics=dict(trustworthiness=found.trustworthiness))

@@ -33,13 +33,14 @@ class Plane:
         if len(values) < 2 or values[1] <= 1e-9 * values[0]:
             raise HyperLatentError(f"{len(rows)} latents of {rows.shape[1]} dimensions span no plane", "Give more")
         share = (values.square() / values.square().sum())[:2].tolist()
-        return cls(mean.to(latents), _upright(axes[:2]).to(latents), tuple(share))
+        return cls(mean.to(latents), _upright(axes[:2]).to(latents), (share[0], share[1]))
 
     @property
     def labels(self) -> tuple[str, str]:
         "What to write on the axes."
-        return tuple(f"{name} principal component ({100 * share:.0f} % of the variance)"
-                     for name, share in zip(("first", "second"), self.share))
+        first, second = (f"{name} principal component ({100 * share:.0f} % of the variance)"
+                         for name, share in zip(("first", "second"), self.share))
+        return first, second
 
     def project(self, latents: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows 2"]:
         "Coordinates in the plane. Raises `HyperLatentError` for latents of another space."
