@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['support_gradient', 'Adam', 'adapt', 'DirectWeights']
 
-# %% ../nbs/22_adapt.ipynb #62f760cd
+# %% ../nbs/22_adapt.ipynb #fffa5871
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import BaseNetwork
 from .errors import HyperLatentError
+from .latent_gradient import gradient_of
 from .tasks import TaskBatch
 
 # %% ../nbs/22_adapt.ipynb #0c02b743
@@ -44,7 +45,7 @@ class Adam:
         self.square = b * self.square + (1 - b) * gradient.square()
         return self.mean / (1 - a**self.steps) / ((self.square / (1 - b**self.steps)).sqrt() + 1e-8)
 
-# %% ../nbs/22_adapt.ipynb #939c8bda
+# %% ../nbs/22_adapt.ipynb #9fe01d4e
 @overload
 def adapt(generator: nn.Module, base: BaseNetwork, batch: TaskBatch, *, record: tuple[()] = (), **options: Any) -> Tensor: ...
 @overload
@@ -61,6 +62,7 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     start: Float[Tensor, "task latent"] | None = None,  # by default `generator.z0` for every task
     record: Sequence[int] = (),  # steps after which the latents are returned too
     create_graph: bool = False,  # differentiate through the loop (second-order MAML)
+    dtype: torch.dtype = torch.float32,  # of the large products: bfloat16 is faster, see `LatentGradient`
 ) -> Float[Tensor, "task latent"] | dict[int, Float[Tensor, "task latent"]]:
     """Latents fitted to the support samples of each task (section 2.2), or a dictionary of them by step with `record`.
 
@@ -70,9 +72,10 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
         raise HyperLatentError(f"optimizer is {optimizer!r}", "Choose 'sgd' or 'adam'")
     start = generator.z0.expand(len(batch), -1) if start is None else start
     z, direction = start if create_graph else start.detach(), Adam() if optimizer == "adam" else lambda g: g
-    found = {0: z} if 0 in record else {}
+    found, by_autograd = {0: z} if 0 in record else {}, lambda z: support_gradient(generator, base, batch, z, create_graph)
+    gradient_at = by_autograd if create_graph else gradient_of(generator, base, batch, by_autograd, dtype)
     for step in range(1, max(steps, *record, 0) + 1 if record else steps + 1):
-        gradient = support_gradient(generator, base, batch, z, create_graph) + prior_weight * (z - start)
+        gradient = gradient_at(z) + prior_weight * (z - start)
         z = z - learning_rate * direction(gradient if create_graph else gradient.detach())
         if step in record: found[step] = z
     return found if record else z

@@ -42,7 +42,7 @@ class BaseNetwork(Protocol):
                           batch: TaskBatch) -> Float[Tensor, "task"]:
         "The same for each task's networks together: their mean prediction."
 
-# %% ../nbs/20_base.ipynb #ea430f78
+# %% ../nbs/20_base.ipynb #e1859fb4
 class CLIPAdapter:
     """`out = x + W2 relu(W1 x / sqrt(d) + b1) / sqrt(h) + b2`, normalised; logits are cosines times `logit_scale` (section 4.1).
 
@@ -96,12 +96,20 @@ class CLIPAdapter:
         batch: TaskBatch,  # for the answers' features and mask
     ) -> Float[Tensor, "task sample answer"]:
         "Scaled cosines with the answers' prompts, minus infinity where a task has no such answer."
-        logits = self.logit_scale * self.embed(weights, features) @ batch.answer_features.mT
+        return self.compare(self.embed(weights, features), batch)
+
+    def compare(self, embedded: Float[Tensor, "task sample dim"], batch: TaskBatch) -> Float[Tensor, "task sample answer"]:
+        "`logits` of features that have been adapted."
+        logits = self.logit_scale * embedded @ batch.answer_features.mT
         return logits.masked_fill(~batch.answer_mask[:, None], -torch.inf)
 
     def loss(self, weights: Float[Tensor, "task weight"], samples: Samples, batch: TaskBatch) -> Float[Tensor, "task"]:
         "Cross-entropy of each task, the mean over its samples."
-        return masked_mean(cross_entropy(self.logits(weights, samples.features, batch), samples.labels), samples.mask)
+        return self.loss_of(self.embed(weights, samples.features), samples, batch)
+
+    def loss_of(self, embedded: Float[Tensor, "task sample dim"], samples: Samples, batch: TaskBatch) -> Float[Tensor, "task"]:
+        "`loss` of features that have been adapted."
+        return masked_mean(cross_entropy(self.compare(embedded, batch), samples.labels), samples.mask)
 
     def accuracy(self, weights: Float[Tensor, "task weight"], samples: Samples, batch: TaskBatch) -> Float[Tensor, "task"]:
         "Share of each task's samples whose right answer has the highest logit."
