@@ -103,7 +103,7 @@ def _loss_gradient(base: CLIPAdapter, moved: Tensor, batch: TaskBatch) -> Tensor
         moved = moved.detach().requires_grad_()
         return torch.autograd.grad(base.loss_of(F.normalize(moved, dim=-1), batch.support, batch).sum(), moved)[0]
 
-# %% ../nbs/22_latent_gradient.ipynb #a0f2f6f0
+# %% ../nbs/22_latent_gradient.ipynb #7552a03a
 def gradient_of(
     generator: nn.Module,  # latents to weights
     base: BaseNetwork,
@@ -112,4 +112,5 @@ def gradient_of(
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[Tensor], Tensor]:
     "Latents to gradients, by the fastest way there is."
-    return LatentGradient(generator, base, batch, dtype) if LatentGradient.fits(generator, base) else otherwise
+    if isinstance(base, CLIPAdapter) and LatentGradient.fits(generator, base): return LatentGradient(generator, base, batch, dtype)
+    return otherwise
