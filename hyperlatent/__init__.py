@@ -1,11 +1,18 @@
 """Plain language chooses the weights of a network."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pipeline import HyperLatentPipeline as HyperLatentPipeline
+    from .questions_to_weights import HyperLatentOutput as HyperLatentOutput
+
 __version__ = "0.1.0"
+__all__ = ["HyperLatentPipeline", "HyperLatentOutput"]
 
 
 def __getattr__(name: str):
-    """`HyperLatentPipeline`, imported when it is asked for: importing the package itself stays free of torch."""
-    if name in ("HyperLatentPipeline", "HyperLatentOutput"):
+    """The names in `__all__`, imported when they are asked for: importing the package itself stays free of torch."""
+    if name in __all__:
         from . import pipeline
 
         return getattr(pipeline, name)
@@ -13,4 +20,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "HyperLatentPipeline", "HyperLatentOutput"]
+    return [*globals(), *__all__]

@@ -141,7 +141,7 @@ class Tokenizer:
         words = list(dict.fromkeys(re.findall(r"\w+|[^\w\s]+", text.lower())))
         return [word for word, tokens in zip(words, self(words)) if (tokens == UNKNOWN).any()]
 
-# %% ../nbs/10_clip_encoder.ipynb #c8225dba
+# %% ../nbs/10_clip_encoder.ipynb #40582246
 @dataclass(eq=False, repr=False)
 class CLIPEncoder:
     "A CLIP model with what belongs to it. `hyperlatent.encoders.load_encoder` makes one."
@@ -198,10 +198,6 @@ class CLIPEncoder:
                 tokens = self.tokenizer(texts[start:start + batch_size])
                 features.append(_unit(self.model.encode_text(tokens.to(self.device))))
         return torch.cat(features)
-
-    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "text token"]:
-        "Tokens of the model's vocabulary, on the CPU."
-        return self.tokenizer(texts)
 
     def unknown_words(self, text: str) -> list[str]:
         "The words that the model does not have; none where its vocabulary is whole."

@@ -29,7 +29,7 @@ from .files import explain_os_errors, write_json, written_whole
 from .settings import ClipTrainingConfig
 from .training import fit
 
-# %% ../nbs/14_clip_training.ipynb #a0c05606
+# %% ../nbs/14_clip_training.ipynb #5aa9df8e
 UNKNOWN_SHARE = 0.02  # of the words of a caption
 OBJECT_COUNTS = (0.3, 0.3, 0.2, 0.2)  # probability of 1, 2, 3 and 4 objects in a training scene
 
@@ -48,7 +48,7 @@ def caption_batch(
     "Pictures, ready for the image tower, the tokens of their captions, and the scenes, on the model's device."
     objects = random_objects(batch_size // 2, generator, OBJECT_COUNTS)
     objects = torch.cat([objects, look_alikes(objects, generator)])
-    tokens = encoder.tokenize(captions(objects, generator, held_out))
+    tokens = encoder.tokenizer(captions(objects, generator, held_out))
     forgotten = torch.rand(tokens.shape, generator=generator) < UNKNOWN_SHARE
     tokens = torch.where(forgotten & encoder.tokenizer.is_word(tokens), UNKNOWN, tokens)
     return encoder.prepare(render(objects, generator)), tokens.to(encoder.device), objects.to(encoder.device)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HyperLatentError', 'TaskError', 'ArtifactError', 'ConfigError', 'EncoderError']
 
-# %% ../nbs/00_errors.ipynb #6b3228f5
+# %% ../nbs/00_errors.ipynb #46a3e328
 class HyperLatentError(Exception):
     "Base class of every error raised on purpose: `problem` says what is wrong, `remedy` what to do about it."
 
@@ -22,8 +22,9 @@ class HyperLatentError(Exception):
 
 
 def _sentence(text):
-    "`text` on one line, without its closing full stop."
-    return " ".join(str(text).split()).removesuffix(".")
+    "`text` on one line, without its closing full stop, and not too long: it may quote what somebody else wrote."
+    line = " ".join(str(text).split()).removesuffix(".")
+    return line if len(line) <= 1000 else f"{line[:500]} ... {line[-480:]}"
 
 # %% ../nbs/00_errors.ipynb #c5268639
 class TaskError(HyperLatentError):

@@ -18,7 +18,7 @@ from .base import masked_mean
 from .errors import HyperLatentError
 from .tasks import Samples, TaskBatch
 
-# %% ../nbs/21_module_base.ipynb #45d718e9
+# %% ../nbs/21_module_base.ipynb #37c97f6a
 class ModuleBase:
     """An `nn.Module` as many networks at once: its own parameters plus a flat vector of changes for each task.
 
@@ -79,7 +79,9 @@ class ModuleBase:
     ) -> Float[Tensor, "task sample *output"]:
         "What each task's network makes of its inputs."
         run = lambda own, x: torch.func.functional_call(self.module, own, (x,))
-        return torch.vmap(run)(self.parameters(weights), inputs)
+        own = self.parameters(weights)
+        if len(weights) == 1: return run({name: x[0] for name, x in own.items()}, inputs[0])[None]  # vmap costs more than a small network
+        return torch.vmap(run)(own, inputs)
 
     def predict(self, weights: Float[Tensor, "task weight"], samples: Samples, batch: TaskBatch) -> Tensor:
         "The outputs after `readout`."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HyperLatentPipeline']
 
-# %% ../nbs/43_pipeline.ipynb #2cf9a1c3
+# %% ../nbs/43_pipeline.ipynb #dc2d06ee
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from .adapt import adapt
 from .errors import HyperLatentError, TaskError
-from .pipeline_inputs import as_answers, as_count, as_features, as_questions
+from .pipeline_inputs import as_answers, as_count, as_features, as_labels, as_prompts, as_questions
 from .questions_to_weights import HyperLatentOutput, QuestionsToWeights
 from .tasks import Samples, Task, TaskBatch, TaskSet
 
-# %% ../nbs/43_pipeline.ipynb #99caf50e
+# %% ../nbs/43_pipeline.ipynb #6d38a888
 class HyperLatentPipeline(QuestionsToWeights):
     "Questions to weights, and what these are good for: `from_pretrained`, a call, `predict`, `infer_task`, `adapt`."
 
@@ -65,8 +65,9 @@ class HyperLatentPipeline(QuestionsToWeights):
     ) -> Float[Tensor, "... question"]:
         "HyperCLIP backwards: the probability of each question, given weights."
         found = weights.weights if isinstance(weights, HyperLatentOutput) else weights
-        if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[-1:] != (self.base.n_weights,):
-            raise HyperLatentError("weights do not fit this base network", f"Their last axis must be {self.base.n_weights} long")
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape[-1:] != (self.base.n_weights,) \
+                or not found.isfinite().all():
+            raise HyperLatentError("weights do not fit this base network", f"Pass finite floats, {self.base.n_weights} on the last axis")
         cosines = self.hyperclip(found.to(self.generator_network.z0)) @ F.normalize(self.encode_questions(questions), dim=-1).T
         return (self.hyperclip.logit_scale * cosines).softmax(-1)
 
@@ -82,6 +83,8 @@ class HyperLatentPipeline(QuestionsToWeights):
     ) -> HyperLatentOutput:
         "Go on from the guided latents by the inner loop on labelled examples."
         if isinstance(support, TaskBatch):
+            if support.support.features.shape[2:] != (self.base.dim,) or support.answer_features.shape[2:] != (self.base.dim,):
+                raise TaskError(f"the tasks' features are not {self.base.dim} long", "Encode them with the pipeline's encoder")
             batch, questions = support.to(self.device, self.dtype), [f"task {i}" for i in range(len(support))]
             if question is not None: questions = as_questions(question)
         else:
@@ -104,15 +107,9 @@ class HyperLatentPipeline(QuestionsToWeights):
         if not isinstance(question, str): raise TaskError("pictures are answered one question at a time", "Pass one question")
         answers, like = as_answers(answers), self.generator_network.z0
         features = as_features(images, self.base.dim, self.encoder_of(images)).to(like)[None]
-        number = torch.zeros(features.shape[1], dtype=torch.long, device=like.device)
-        if labels is not None:
-            labels = labels.tolist() if hasattr(labels, "tolist") else list(labels) if isinstance(labels, list | tuple) else [labels]
-            known = {answer: i for i, answer in enumerate(answers)} | {i: i for i in range(len(answers))}
-            if wrong := [x for x in labels if not isinstance(x, str | int) or x not in known]:
-                raise TaskError(f"label {str(wrong[0])[:60]!r} is none of the answers", f"Use {', '.join(answers[:5])}")
-            if len(labels) != len(number):
-                raise TaskError(f"there are {len(labels)} labels for {len(number)} pictures", "Give one for each")
-            number = torch.tensor([known[x] for x in labels], device=like.device)
+        number = torch.zeros(features.shape[1], dtype=torch.long)
+        if labels is not None: number = as_labels(labels, answers, len(number))
+        number = number.to(like.device)
         samples = Samples(features, number[None], torch.ones_like(number, dtype=torch.bool)[None])
         texts = self._answer_features(question, answers, prompts).to(like)[None]
         return TaskBatch(self.encode_questions(question), texts, torch.ones(texts.shape[:2], dtype=torch.bool, device=like.device),
@@ -123,13 +120,8 @@ class HyperLatentPipeline(QuestionsToWeights):
         return lambda pictures: self.encoder.encode_images(pictures, progress=self.progress and len(pictures) > 1024)
 
     def _answer_features(self, question, answers, prompts) -> Tensor:
-        if isinstance(prompts, Tensor):
-            if tuple(prompts.shape) != (len(answers), self.base.dim) or not prompts.is_floating_point() or not prompts.isfinite().all():
-                raise TaskError(f"prompts have shape {tuple(prompts.shape)}", f"Give finite floats ({len(answers)}, {self.base.dim})")
-            return prompts
-        texts = self.prompts(question, answers) if prompts is None else list(prompts)
-        if len(texts) != len(answers): raise TaskError(f"there are {len(texts)} prompts for {len(answers)} answers", "Give one for each")
-        return self.encoder.encode_texts(texts)
+        found = self.prompts(question, answers) if prompts is None else as_prompts(prompts, len(answers), self.base.dim)
+        return found if isinstance(found, Tensor) else self.encoder.encode_texts(found)
 
     def encode_task(
         self,

@@ -112,7 +112,7 @@ def save_parts(
     save_artifact(folder, KIND, compact(tensors, dtype), metrics=parts.metrics,
                   documents={"pipeline": about, "background": background})
 
-# %% ../nbs/36_pipeline_parts.ipynb #eb113823
+# %% ../nbs/36_pipeline_parts.ipynb #aa55d978
 def load_parts(folder: str | Path) -> PipelineParts:
     "Read and check what `save_parts` wrote. Raises `ArtifactError`, or `ConfigError` for a setting that does not exist."
     artifact = load_artifact(folder, KIND)
@@ -126,7 +126,10 @@ def load_parts(folder: str | Path) -> PipelineParts:
     try:
         tensors, architectures = restored(artifact.tensors), about["architectures"]
         networks: dict[str, Any] = {name: _network(cls, architectures[name], tensors, name) for name, cls in _NETWORKS.items()}
-        words = about["words"] and WordTable(tensors["token_ids"], tensors["word_vectors"], _count(about["words"]["context_length"]))
+        words = None
+        if about["words"] is not None:
+            length = _count(about["words"]["context_length"], 10_000)
+            words = WordTable(tensors["token_ids"], tensors["word_vectors"], length)
         base = CLIPAdapter(**{name: _bounded(value) for name, value in architectures["base"].items()})
         ground = Background(tensors["background"], [str(q) for q in background["questions"]], [str(k) for k in background["kinds"]])
         return PipelineParts(base, **networks, centre=tensors["centre"], words=words, background=ground, config=config,

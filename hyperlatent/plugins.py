@@ -12,11 +12,11 @@ from typing import Any
 
 from .errors import ConfigError
 
-# %% ../nbs/02_plugins.ipynb #d320ff7e
+# %% ../nbs/02_plugins.ipynb #dd3ef5f0
 KINDS = {
     "sources": "a function without arguments that returns a `TaskSet`",
     "generators": "a class of `nn.Module` with `z0` and `latent_dim`, which maps latents to weights",
-    "guides": "what is called with question features and returns a `Trajectory`",
+    "guides": "what makes a guide of a pipeline; a guide is called with question features and returns a `Trajectory`",
 }
 
 

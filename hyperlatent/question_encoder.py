@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from .errors import EncoderError
 
-# %% ../nbs/10_question_encoder.ipynb #7a2b7d30
+# %% ../nbs/10_question_encoder.ipynb #f17222db
 class QuestionEncoder:
     "Questions to unit vectors: the mean over tokens of the text encoder's input embeddings, minus `centre`."
 
     def __init__(
         self,
-        clip,  # a `CLIPEncoder`, or what else has `tokenize` and `word_vectors`
+        clip,  # a `CLIPEncoder`, or what else has a `tokenizer` and `word_vectors`
         centre: Float[Tensor, "question_dim"] | None = None,  # see `fit`; zero by default
     ):
         self.clip, self.table = clip, clip.word_vectors
@@ -44,6 +44,6 @@ class QuestionEncoder:
         return F.normalize(self._mean_words(questions) - self.centre, dim=1)
 
     def _mean_words(self, questions: Sequence[str]) -> Tensor:
-        tokens = self.clip.tokenize(list(questions))
+        tokens = self.clip.tokenizer(list(questions))
         mask = (tokens != 0).float()[..., None]
         return (self.table[tokens] * mask).sum(1) / mask.sum(1)

@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['Pipeline', 'HyperLatentOutput', 'QuestionsToWeights']
 
-# %% ../nbs/42_questions_to_weights.ipynb #7e1c0d2f
-import inspect
-import tempfile
+# %% ../nbs/42_questions_to_weights.ipynb #461f8e86
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLIPAdapter
-from .errors import HyperLatentError
-from .files import written_whole
-from .hub import find_pipeline, model_card, upload
-from .pipeline_guides import check_options, make_guide
-from .pipeline_inputs import as_count, as_questions, as_seeds
-from .pipeline_parts import Background, PipelineConfig, PipelineParts, load_parts, save_parts
+from .errors import HyperLatentError, TaskError
+from .hub import OnTheHub, find_pipeline
+from .pipeline_guides import call_guide, check_options, make_guide
+from .pipeline_inputs import as_count, as_questions, as_seeds, shown
+from .pipeline_parts import Background, PipelineConfig, PipelineParts, load_parts
 from .question_encoder import QuestionEncoder
 from .trajectory import Trajectory
 
@@ -38,11 +35,11 @@ class HyperLatentOutput:
     trajectory: Trajectory  # how guidance came to the latents
     seeds: Int[Tensor, "sample task"]  # of every chain: pass them as `seeds` to get the same again
 
-# %% ../nbs/42_questions_to_weights.ipynb #e60f6bcc
+# %% ../nbs/42_questions_to_weights.ipynb #d0164502
 Pipeline = TypeVar("Pipeline", bound="QuestionsToWeights")
 
 
-class QuestionsToWeights:
+class QuestionsToWeights(OnTheHub):
     "Everything that has been trained to make weights from questions, and the encoders that it belongs to."
 
     def __init__(
@@ -93,33 +90,18 @@ class QuestionsToWeights:
 
         return cls(parts_of_run(folder))
 
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        dtype: torch.dtype = torch.float16,  # of the stored matrices; torch.int8 is smallest, torch.float32 exact
-    ) -> None:
-        "Write the pipeline and its model card for `from_pretrained`. Raises `ArtifactError`."
-        save_parts(self.parts, folder, dtype)
-        with written_whole(Path(folder) / "README.md") as temporary: temporary.write_text(model_card(self.parts), encoding="utf-8")
-
-    def push_to_hub(self, repo_id: str, *, dtype: torch.dtype = torch.float16, **options: Any) -> str:
-        "Upload with a model card; `options` are those of `hub.upload`: private, token, revision, commit_message, create_pr."
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "pipeline", dtype)
-            with written_whole(Path(folder) / "pipeline" / "README.md") as card:
-                card.write_text(model_card(self.parts, repo_id), encoding="utf-8")
-            return upload(Path(folder) / "pipeline", repo_id, **options)
-
     def to(self: Pipeline, device: Any = None, dtype: Any = None) -> Pipeline:
         "Move the networks, in place. Raises `HyperLatentError` for a device that is not there, or a type that is no float."
         if isinstance(device, torch.dtype): device, dtype = None, device
         if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-            raise HyperLatentError(f"dtype is {dtype}", "Choose torch.float32, bfloat16 or float16")
+            raise HyperLatentError(f"dtype is {shown(dtype)}", "Choose torch.float32, bfloat16 or float16")
+        if shown(device).startswith("'meta"):
+            raise HyperLatentError("there are no numbers on the device 'meta'", "Choose another device, such as 'cpu'")
         try:
             for network in (self.generator_network, self.denoiser, self.hyperclip): network.to(device=device, dtype=dtype)
-        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as e:
+        except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as e:
             problem = (str(e).splitlines() or [""])[0]
-            raise HyperLatentError(f"cannot compute on {device}: {problem}", "Choose another device, such as 'cpu'") from e
+            raise HyperLatentError(f"cannot compute on {shown(device)}: {problem[:300]}", "Choose another device, such as 'cpu'") from e
         if self._encoder is not None and device is not None: self._encoder.to(device)
         return self
 
@@ -180,7 +162,7 @@ class QuestionsToWeights:
         """Weights for each question, by guidance alone.
 
         The callback may return {"latents": ...} to go on from these. Raises `HyperLatentError` for whatever is not possible."""
-        questions = as_questions(question, getattr(self.question_encoder.clip, "unknown_words", None))
+        questions = as_questions(question, self.question_encoder.clip.tokenizer.unknown_words)
         given = dict(num_samples=num_samples, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
                      negative_question=negative_question)
         return self._guided(
@@ -192,28 +174,31 @@ class QuestionsToWeights:
         "A call for question features."
         given = {name: value for name, value in given.items() if value is not None}
         if negative_question is not None: given["negative_features"] = self.encode_questions(negative_question)
-        guide, options = make_guide(self.parts, guider, scheduler)
+        if callback_on_step_end is not None: given["callback_on_step_end"] = self._callback(callback_on_step_end)
+        guide, options = make_guide(self, guider, scheduler)
         latent = self.generator_network.latent_dim
         check_options(guide, given, latent)
         options |= given
-        num_samples = as_count("num_samples", options["num_samples"])
-        steps = as_count("num_inference_steps", options.get("num_inference_steps", 1))
-        if seeds is None:
-            numbers = num_samples * len(questions) * (2 * steps * latent + self.base.n_weights)
-            if numbers > 2**30:
-                raise HyperLatentError(f"{num_samples} samples of {len(questions)} questions in {steps} steps need "
-                                       f"{numbers / 2**28:.0f} GB", "Ask for fewer at a time")
-            seeds = as_seeds(generator, num_samples, len(questions))
-        elif not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
-            raise HyperLatentError("seeds are no tensor of int64", "Pass the seeds of an output")
-        elif "num_samples" not in given: options["num_samples"] = len(seeds) if seeds.ndim else 1
-        if callback_on_step_end is not None: options["callback_on_step_end"] = self._callback(callback_on_step_end)
-        accepted = inspect.signature(guide).parameters
-        if "progress" in accepted: options["progress"] = self.progress if progress is None else bool(progress)
-        trajectory = guide(features, seeds=seeds, **options)
+        if seeds is not None:
+            if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+                raise HyperLatentError("seeds are no tensor of int64", "Pass the seeds of an output")
+            if "num_samples" not in given: options["num_samples"] = len(seeds) if seeds.ndim else 1
+        for name in {"num_samples", "num_inference_steps"} & options.keys(): options[name] = as_count(name, options[name])
+        num_samples, steps = options["num_samples"], options.get("num_inference_steps", 1)
+        numbers = num_samples * len(questions) * (2 * steps * latent + self.base.n_weights)
+        if numbers > 2**30:
+            raise HyperLatentError(f"{num_samples} samples of {len(questions)} questions in {steps} steps need "
+                                   f"{numbers / 2**28:.0f} GB", "Ask for fewer at a time")
+        if seeds is None: seeds = as_seeds(generator, num_samples, len(questions))
+        options |= {"seeds": seeds, "progress": self.progress if progress is None else bool(progress)}
+        trajectory = call_guide(guide, features, options, latent)
         return self._output(questions, trajectory.final, trajectory)
 
     def _callback(self, callback):
+        if not callable(callback):
+            raise HyperLatentError(f"callback_on_step_end is a {type(callback).__name__}",
+                                   "Pass a function of (pipe, step, timestep, found)")
+
         def call(step, timestep, z, predicted_z0):
             found = callback(self, step, timestep, {"latents": z, "predicted_latents": predicted_z0})
             return found.get("latents") if isinstance(found, dict) else None
@@ -234,7 +219,9 @@ class QuestionsToWeights:
         **options: Any,  # of a call
     ) -> HyperLatentOutput:
         "Weights on the way between two questions, along the arc between their features; all from the same noise."
-        a, b = (self.encode_questions(question)[0] for question in (question_a, question_b))
+        if not isinstance(question_a, str) or not isinstance(question_b, str):
+            raise TaskError("interpolation leads from one question to another", "Pass two texts")
+        a, b = self.encode_questions([question_a, question_b])
         way = torch.linspace(0, 1, as_count("steps", steps, 10_000)).to(a)[:, None]
         angle = torch.arccos((F.normalize(a, dim=0) @ F.normalize(b, dim=0)).clamp(-1, 1)).clamp_min(1e-4)
         features = (torch.sin((1 - way) * angle) * a + torch.sin(way * angle) * b) / torch.sin(angle)

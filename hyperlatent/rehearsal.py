@@ -54,7 +54,7 @@ def peak_memory() -> float:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-# %% ../nbs/43_rehearsal.ipynb #003d8662
+# %% ../nbs/43_rehearsal.ipynb #5d5b11d8
 @dataclass
 class Stage:
     "What one stage of a rehearsal took."
@@ -108,10 +108,10 @@ class Meter:
 def stages_of(config: Config) -> dict[str, int]:
     "The chain's stages, each with the steps that its untrained part takes: adapting, walking, sampling."
     scales = 1 + len(config.evaluate.guidance_scales)
-    work: dict[str, float] = {"tasks": 1, "multitask": 1, "hnet": config.hnet.inner.steps, "zoo": config.zoo.runs * config.zoo.inner.steps,
+    work: dict[str, int] = {"tasks": 1, "multitask": 1, "hnet": config.hnet.inner.steps, "zoo": config.zoo.runs * config.zoo.inner.steps,
             "hyperclip": config.hyperclip.num_inference_steps, "hyperldm": config.hyperldm.num_inference_steps,
             "evaluate": scales * config.hyperldm.num_inference_steps}
-    return work | {f.name: 1 for f in fields(config) if hasattr(getattr(config, f.name), "fit") and f.name not in work}  # type: ignore[return-value]
+    return work | {f.name: 1 for f in fields(config) if hasattr(getattr(config, f.name), "fit") and f.name not in work}
 
 # %% ../nbs/43_rehearsal.ipynb #e2f98845
 def rehearse(

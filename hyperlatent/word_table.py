@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['simple_tokenizer', 'WordTable']
 
-# %% ../nbs/10_word_table.ipynb #b1f57efa
+# %% ../nbs/10_word_table.ipynb #c5b6a5db
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ def simple_tokenizer(context_length: int = 77):
     spec.loader.exec_module(module)
     return module.SimpleTokenizer(context_length=context_length)
 
-# %% ../nbs/10_word_table.ipynb #c7113d44
+# %% ../nbs/10_word_table.ipynb #6a50d4fb
 class WordTable:
     "What a `QuestionEncoder` needs of a CLIP whose vocabulary is cut down: its tokens and their vectors."
 
@@ -50,11 +49,3 @@ class WordTable:
         "The table of an encoder whose vocabulary is cut down, else None: a whole one is too large to be worth it."
         if clip.token_ids is None: return None
         return cls(clip.token_ids, clip.word_vectors.float().cpu(), clip.tokenizer.context_length)
-
-    def tokenize(self, texts: Sequence[str]) -> Int[Tensor, "text token"]:
-        "Tokens of texts; a text that is too long is cut, with a warning. Raises `EncoderError` for what is not a text."
-        return self.tokenizer(texts)
-
-    def unknown_words(self, text: str) -> list[str]:
-        "The words that have no vector of their own."
-        return self.tokenizer.unknown_words(text)

@@ -1,13 +1,15 @@
-"""Arguments that nobody should pass to a guide or put into a task: each gives a result or an error of ours. Run by test_fuzz.py."""
+"""Arguments that nobody should pass to a pipeline or a guide, or put into a task: each gives a result or an error of ours. Run by test_fuzz.py."""
 
 import math
 import os
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
+from hyperlatent import HyperLatentPipeline
 from hyperlatent.base import random_tasks
 from hyperlatent.errors import HyperLatentError, TaskError
 from hyperlatent.guidance import ClassifierFreeGuidance, ClassifierGuidance
@@ -132,3 +134,56 @@ def test_batches(indices, number, phrase):
         tasks.batch(indices, num_support=number, phrase=phrase, generator=torch.Generator())
     except HyperLatentError as error:
         assert "\n" not in str(error)
+
+
+# ---- every argument of the pipeline, each replaced by everything that it is not
+
+PIPE = HyperLatentPipeline.from_pretrained("scenes", progress=False)
+QUESTION, ANSWERS, FEATURES = "what color is the star?", ["red", "blue"], torch.ones(2, PIPE.base.dim)
+WEIGHTS = torch.zeros(1, PIPE.base.n_weights)
+ask = lambda **options: PIPE(QUESTION, **{"num_samples": 1, "num_inference_steps": 2} | options)
+STRANGE = [None, True, -1, 0, 2, 10**6, 10**400, 10**5000, 1.5, -0.5, math.nan, math.inf, 1e308, 1j, "", "x", "\0", "\ud800", "x" * 5000, b"x", [], [[]],
+           [None], [1, 2], ["a", "b"], ["a", "a"], (), (1, 2, 3), {}, {"a": 1}, {1}, object(), len, print, dict, float, iter(["a", "b"]), range(3),
+           np.array(3), np.array([1, 2]), np.array("x"), np.zeros((2, 2)), np.array([object()]), torch.tensor(3), torch.zeros(2, 3),
+           torch.zeros(0), torch.full((2, 192), torch.nan), torch.ones(2, 192, dtype=torch.complex64), torch.ones(2, 3, device="meta"),
+           torch.ones(2, 192, device="meta"), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(10**6, 1, dtype=torch.int64), torch.float32, torch.int8,
+           torch.Generator(), [torch.Generator()], torch.nn.Linear(2, 2)]
+CALLS = {
+    "question": lambda x: PIPE(x, num_samples=1, num_inference_steps=2), "num_samples": lambda x: ask(num_samples=x),
+    "steps": lambda x: ask(num_inference_steps=x), "scale": lambda x: ask(guidance_scale=x), "generator": lambda x: ask(generator=x),
+    "seeds": lambda x: ask(seeds=x), "negative": lambda x: ask(negative_question=x), "guider": lambda x: ask(guider=x),
+    "scheduler": lambda x: ask(scheduler=x), "callback": lambda x: ask(callback_on_step_end=x), "eta": lambda x: ask(eta=x),
+    "rescale": lambda x: ask(guidance_rescale=x), "interval": lambda x: ask(guidance_interval=x),
+    "learning rate": lambda x: ask(guider="classifier", learning_rate=x), "prior": lambda x: ask(guider="classifier", prior_weight=x),
+    "noise": lambda x: ask(guider="classifier", noise=x), "z": lambda x: ask(guider="classifier", z=x),
+    "pictures": lambda x: PIPE.predict(x, QUESTION, ANSWERS, weights=WEIGHTS),
+    "asked": lambda x: PIPE.predict(FEATURES, x, ANSWERS, weights=WEIGHTS),
+    "answers": lambda x: PIPE.predict(FEATURES, QUESTION, x, weights=WEIGHTS),
+    "prompts": lambda x: PIPE.predict(FEATURES, QUESTION, ANSWERS, prompts=x, weights=WEIGHTS),
+    "weights": lambda x: PIPE.predict(FEATURES, QUESTION, ANSWERS, weights=x, num_samples=1, num_inference_steps=2),
+    "infer": lambda x: PIPE.infer_task(x, QUESTION), "infer from": lambda x: PIPE.infer_task(WEIGHTS, x),
+    "from": lambda x: PIPE.interpolate(x, QUESTION, 2, num_samples=1), "to": lambda x: PIPE.interpolate(QUESTION, x, 2, num_samples=1),
+    "way": lambda x: PIPE.interpolate(QUESTION, QUESTION, 10**5 if isinstance(x, int) and x == 10**6 else x, num_samples=1, num_inference_steps=2),
+    "support": lambda x: PIPE.adapt(x), "adapt to": lambda x: PIPE.adapt((x, ["red", "blue"]), QUESTION, ANSWERS, steps=1),
+    "labels": lambda x: PIPE.adapt((FEATURES, x), QUESTION, ANSWERS, steps=1),
+    "adapt question": lambda x: PIPE.adapt((FEATURES, [0, 1]), x, ANSWERS, steps=1),
+    "adapt answers": lambda x: PIPE.adapt((FEATURES, [0, 1]), QUESTION, x, steps=1),
+    "adapt steps": lambda x: PIPE.adapt((FEATURES, [0, 1]), QUESTION, ANSWERS, steps=0 if isinstance(x, int) and x == 10**6 else x),
+    "device": lambda x: PIPE.to(x).to("cpu", torch.float32), "dtype": lambda x: PIPE.to(dtype=x).to("cpu", torch.float32),
+    "model": lambda x: HyperLatentPipeline.from_pretrained(x)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_pipeline(name):
+    foreign = []
+    for value in STRANGE:
+        if name in ("guider", "callback") and callable(value): continue  # it is called, and fails in its own way
+        try:
+            CALLS[name](value)
+        except HyperLatentError as error:
+            if "\n" in str(error) or not error.remedy or len(str(error)) > 2000: foreign.append(f"    no clear sentence: {error}"[:300])
+        except Exception as error:  # noqa: BLE001  that is what is looked for
+            shown = type(value).__name__ if isinstance(value, int) else f"{type(value).__name__} {value!r:.50}"
+            foreign.append(f"{shown} -> {type(error).__name__}: {str(error)[:100]}")
+    assert not foreign, "\n".join(foreign)

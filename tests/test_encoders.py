@@ -82,7 +82,7 @@ def test_the_shipped_model_is_open_clips_too(scenes):
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
     with torch.no_grad():
         images = model.encode_image(torch.stack([transform(p) for p in pictures]), normalize=True)
-        words = model.encode_text(scenes.tokenize(TEXTS), normalize=True)
+        words = model.encode_text(scenes.tokenizer(TEXTS), normalize=True)
     for given_as in pixels, pictures, [np.asarray(p) for p in pictures]:
         torch.testing.assert_close(scenes.encode_images(given_as), images, rtol=0, atol=1e-5)
     torch.testing.assert_close(scenes.encode_texts(TEXTS), words, rtol=0, atol=1e-5)
@@ -321,7 +321,7 @@ def test_every_word_of_the_scenes_is_known(scenes):
     from hyperlatent.data.scene_captions import all_words
 
     assert [word for word in all_words() if scenes.unknown_words(word)] == []
-    assert scenes.tokenize(all_words()).max() == len(scenes.token_ids) + 1 == scenes.model.vocab_size - 1
+    assert scenes.tokenizer(all_words()).max() == len(scenes.token_ids) + 1 == scenes.model.vocab_size - 1
 
 
 def test_the_shipped_files_are_small():

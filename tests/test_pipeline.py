@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 
 from hyperlatent import HyperLatentPipeline, cli
 from hyperlatent.artifacts import load_artifact, save_artifact
-from hyperlatent.base import CLIPAdapter
+from hyperlatent.base import CLIPAdapter, random_batch
 from hyperlatent.data.scene_lookup import question_task
 from hyperlatent.data.scene_questions import split_questions, wordings
 from hyperlatent.encoders import MODELS, load_encoder
@@ -112,6 +113,7 @@ def test_saved_moved_and_read_again(pipe, tmp_path):
 
 def test_upload_sends_exactly_the_pipeline_and_download_takes_no_more(pipe, tmp_path, monkeypatch):
     import huggingface_hub
+    from huggingface_hub import ModelHubMixin, hub_mixin
 
     calls = {}
 
@@ -121,6 +123,7 @@ def test_upload_sends_exactly_the_pipeline_and_download_takes_no_more(pipe, tmp_
 
         def create_repo(self, repo_id, **options):
             calls["repo"] = repo_id, options
+            return SimpleNamespace(repo_id=repo_id)
 
         def upload_folder(self, *, folder_path, allow_patterns, **options):
             shutil.copytree(folder_path, tmp_path / "hub")
@@ -133,8 +136,9 @@ def test_upload_sends_exactly_the_pipeline_and_download_takes_no_more(pipe, tmp_
         assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in allow_patterns)
         return tmp_path / "hub"
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert isinstance(pipe, ModelHubMixin) and not pipe._hub_mixin_config  # which would hold a copy of all networks
     assert pipe.push_to_hub("somebody/pipeline", private=True, token="secret") == "https://hub/commit"
     assert calls["repo"] == ("somebody/pipeline", {"private": True, "exist_ok": True}) and calls["token"] == "secret"
     names = {file.name for file in (tmp_path / "hub").iterdir()}
@@ -145,6 +149,23 @@ def test_upload_sends_exactly_the_pipeline_and_download_takes_no_more(pipe, tmp_
     assert HyperLatentPipeline.from_pretrained("somebody/pipeline").config == pipe.config
     with pytest.raises(ArtifactError, match="offline"):
         HyperLatentPipeline.from_pretrained("somebody/else")
+    with pytest.raises(HyperLatentError, match="cannot be uploaded: HFValidationError"):
+        pipe.push_to_hub("some body/pipe line")
+
+
+def test_what_lies_in_a_folder_is_never_lost_or_obeyed(pipe, tmp_path):
+    """huggingface_hub's mixin would delete this file when saving, and take arguments out of it when loading."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text('{"progress": "from the file"}')
+    with pytest.raises(ArtifactError, match="is not an artifact"):
+        pipe.save_pretrained(tmp_path / "mine")
+    pipe.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "README.md").write_text("old")
+    shutil.copy(tmp_path / "mine" / "config.json", tmp_path / "saved")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert 'from_pretrained("saved")' in (tmp_path / "saved" / "README.md").read_text()
+    assert "from the file" in (tmp_path / "mine" / "config.json").read_text() + (tmp_path / "saved" / "config.json").read_text()
+    assert HyperLatentPipeline.from_pretrained(tmp_path / "saved").progress is True
 
 
 def test_another_encoder_is_refused(pipe):
@@ -308,6 +329,11 @@ def test_things_that_are_no_pictures(pipe, images):
         pipe.predict(images, QUESTION, ANSWERS, weights=torch.zeros(1, pipe.base.n_weights))
 
 
+def still(latent_dim: int) -> Trajectory:
+    z = torch.zeros(2, 1, 1, latent_dim)
+    return Trajectory(z, z[:1], torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "still")
+
+
 @pytest.mark.parametrize("make", [
     lambda pipe: pipe.to("nowhere"),
     lambda pipe: pipe.to("cuda:99"),
@@ -338,6 +364,21 @@ def test_things_that_are_no_pictures(pipe, images):
     lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, weights=torch.full((1, pipe.base.n_weights), torch.nan)),
     lambda pipe: pipe.save_pretrained("/proc/nowhere"),
     lambda pipe: HyperLatentPipeline.from_run("nowhere"),
+    lambda pipe: HyperLatentPipeline.from_pretrained("scenes", devcie="cuda"),
+    lambda pipe: HyperLatentPipeline.from_pretrained("x" * 5000),
+    lambda pipe: pipe.save_pretrained("/tmp/x", torch.int64),
+    lambda pipe: pipe.to("meta"),
+    lambda pipe: pipe(QUESTION, guidance_scale=10**5000),
+    lambda pipe: pipe(QUESTION, num_samples=10**5000),
+    lambda pipe: pipe(QUESTION, seeds=torch.zeros(10**6, 1, dtype=torch.int64)),
+    lambda pipe: pipe(np.array(3)),
+    lambda pipe: pipe.infer_task(torch.full((pipe.base.n_weights,), torch.inf), QUESTION),
+    lambda pipe: pipe.adapt(random_batch([4, 4], [2, 2], 16, lots())),
+    lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, prompts=5),
+    lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, prompts="rgb"),
+    lambda pipe: pipe(QUESTION, guider=lambda features: features),
+    lambda pipe: pipe(QUESTION, guider=lambda features: still(2)),
+    lambda pipe: pipe([QUESTION] * 3, guider=lambda features: still(64)),
 ])
 def test_misuse_ends_in_one_error(pipe, make):
     with pytest.raises(HyperLatentError) as caught:
@@ -366,6 +407,15 @@ def test_a_guide_of_ones_own(pipe):
 
     out = pipe([QUESTION, "how many stars are there?"], guider=Nearest(), num_samples=2)
     assert out.weights.shape == (2, 2, pipe.base.n_weights) and out.trajectory.method == "nearest"
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipe):
+    seeds = pipe(QUESTION, generator=lots(), num_samples=2).seeds
+    expected = pipe(QUESTION, seeds=seeds, guidance_scale=2.0, num_inference_steps=10).latents
+    for scale in 2, np.float32(2), np.int64(2), np.array(2.0), torch.tensor(2):
+        found = pipe(QUESTION, seeds=seeds, guidance_scale=scale, num_inference_steps=np.array(10), num_samples=torch.tensor(2))
+        assert torch.equal(found.latents, expected)
+    assert pipe(np.array([QUESTION, QUESTION]), num_samples=np.int64(1), generator=(lots(), lots())).latents.shape[:2] == (1, 2)
 
 
 def test_progress_bar_can_be_turned_off(capfd):

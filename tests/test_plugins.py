@@ -3,14 +3,26 @@
 import sys
 
 import pytest
+import torch
 
-from hyperlatent.errors import ConfigError
+from hyperlatent.errors import ConfigError, HyperLatentError
 from hyperlatent.plugins import load_plugin, plugins
 
 MODULE = """
 import torch
 from hyperlatent.base import random_tasks
 from hyperlatent.tasks import TaskSet
+from hyperlatent.trajectory import Trajectory
+
+class Still:
+    "Stays where the generator starts."
+
+    def __init__(self, pipe):
+        self.z0 = pipe.generator_network.z0
+
+    def __call__(self, features, *, seeds):
+        z = self.z0.expand(2, *seeds.shape, -1)
+        return Trajectory(z, z[:1], torch.zeros(1), seeds, "still")
 
 def bricks():
     parts = [random_tasks(4, 8, torch.Generator().manual_seed(i), split) for i, split in enumerate(["meta-train", "meta-test"])]
@@ -24,6 +36,9 @@ ENTRY_POINTS = """[hyperlatent.sources]
 bricks = bricks_for_tests:bricks
 rubble = bricks_for_tests:nothing
 dust = package_that_is_not_there:dust
+
+[hyperlatent.guides]
+still = bricks_for_tests:Still
 """
 
 
@@ -53,6 +68,19 @@ def test_a_run_takes_its_tasks_from_a_source(installed):
 
     tasks = load_tasks(replace(preset("scenes"), tasks="bricks"))
     assert len(tasks.split("meta-train")) == len(tasks.split("meta-test")) == 4
+
+
+def test_the_pipeline_takes_a_guide_by_name(installed, tmp_path):
+    from hyperlatent import HyperLatentPipeline, cli
+
+    pipe = HyperLatentPipeline.from_pretrained("scenes", progress=False)
+    out = pipe(["what color is the star?", "where is the ring?"], guider="still")
+    assert out.trajectory.method == "still" and torch.equal(out.latents[0], pipe.generator_network.z0.expand(2, -1))
+    with pytest.raises(HyperLatentError, match="'stil'.*'classifier-free', 'classifier', 'still'"):
+        pipe("what color is the star?", guider="stil")
+    with pytest.raises(HyperLatentError, match="Still has no option 'guidance_scale'"):
+        pipe("what color is the star?", guider="still", guidance_scale=1.5)
+    assert cli.main(["generate", "what color is the star?", "--guider", "still", "--out", str(tmp_path / "w.safetensors")]) == 0
 
 
 def test_what_is_wrong_with_a_plugin_is_told(installed):

@@ -15,14 +15,14 @@ import tyro
 
 from ..errors import ArtifactError, ConfigError
 
-# %% ../../nbs/43_commands_pipeline.ipynb #a1d986af
+# %% ../../nbs/43_commands_pipeline.ipynb #ff6f37cb
 @dataclass
 class Generate:
     "Weights for a question, without an example, into a safetensors file."
     question: tyro.conf.Positional[str]  # such as "what color is the small star?"
     out: Path = Path("weights.safetensors")  # gets weights, latents and seeds
     model: str = "scenes"  # or a folder, or "owner/repository" of the hub
-    guider: Literal["classifier-free", "classifier"] = "classifier-free"  # HyperLDM or HyperCLIP
+    guider: str = "classifier-free"  # HyperLDM; "classifier": HyperCLIP; or one that another package has registered
     guidance_scale: float | None = None  # 0 ignores the question, above 1 exaggerates it
     num_samples: int | None = None
     num_inference_steps: int | None = None
