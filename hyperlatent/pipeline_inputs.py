@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import HyperLatentError, TaskError
 from .guidance import sample_seeds
 
-# %% ../nbs/37_pipeline_inputs.ipynb #15a1f544
+# %% ../nbs/37_pipeline_inputs.ipynb #b9bc6335
 def as_questions(
     question: Any,  # a text or several
     unknown_words: Callable[[str], list[str]] | None = None,  # of the encoder: for a warning
@@ -48,7 +48,7 @@ def as_answers(answers: Any) -> list[str]:
 
 def _texts(value: Any, what: str, several: bool) -> list[str]:
     if isinstance(value, str) and not several: value = [value]
-    try: texts = None if isinstance(value, str | bytes) else list(value)
+    try: texts = None if isinstance(value, str | bytes | Tensor) else list(value)
     except TypeError: texts = None  # nothing that can be listed
     if texts is None: raise TaskError(f"{what}s are a {type(value).__name__}", f"Give {'' if several else 'a text or '}a list of texts")
     if not texts: raise TaskError(f"there is no {what}", f"Give at least {'two' if several else 'one'}")
