@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# %% ../nbs/21_hypernet.ipynb #cc74a574
+# %% ../nbs/21_hypernet.ipynb #24fb2a6a
 class HNet(nn.Module):
     """A hypernetwork: latent -> weights, with a learned start `z0` of every adaptation (section 3.1).
 
@@ -27,9 +27,10 @@ class HNet(nn.Module):
         output_scale: float = 1.0,  # standard deviation of the weights that it generates at first
         generator: torch.Generator | None = None,  # draws the initial weights and z0
         question_dim: int = 0,  # numbers per question, for `prior`; 0: this generator knows nothing of language
+        dropout: float = 0.0,  # of the hidden layers, in training
     ):
         super().__init__()
-        self.latent_dim, self.n_weights = latent_dim, n_weights
+        self.latent_dim, self.n_weights, self.dropout = latent_dim, n_weights, nn.Dropout(dropout)
         self.z0 = nn.Parameter(torch.randn(latent_dim, generator=generator))
         widths = (latent_dim, *hidden, n_weights)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
@@ -40,17 +41,18 @@ class HNet(nn.Module):
             nn.init.zeros_(layer.bias)
         self.reader = nn.Linear(question_dim, latent_dim, bias=False) if question_dim else None
         if self.reader:
-            with torch.no_grad(): self.reader.weight.normal_(0, 0.5 / question_dim**0.5, generator=generator)
+            # fixed, and orthonormal: latents are arranged as the questions are, and what is learnt is learnt behind them
+            nn.init.orthogonal_(self.reader.weight.requires_grad_(False), generator=generator)
 
     def prior(self, questions: Float[Tensor, "*batch question_dim"]) -> Float[Tensor, "*batch latent"]:
-        "The latent expected for a question: the start, or a linear function of the question where that was learnt."
+        "The latent expected for a question: the start, and from there as far as the question says, if this generator knows of language."
         if not self.reader: return self.z0.expand(*questions.shape[:-1], -1)
         # a unit vector's components are near 1/sqrt(dim), but networks learn best from components near 1
         return self.z0 + self.reader(questions * questions.shape[-1] ** 0.5)
 
     def trunk(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch unit"]:
         "The last hidden layer, of which the weights are a linear function: `readout`."
-        for layer in self.layers[:-1]: z = layer(z).relu()
+        for layer in self.layers[:-1]: z = self.dropout(layer(z).relu())
         return z
 
     @property

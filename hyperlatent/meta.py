@@ -111,7 +111,7 @@ def draw_tasks(
     first = torch.randperm(labelled, generator=generator)[: wanted - extra]
     return torch.cat([first, labelled + torch.randperm(num_unconditional, generator=generator)[:extra]])
 
-# %% ../nbs/23_meta.ipynb #d748ec81
+# %% ../nbs/23_meta.ipynb #49a5a812
 def auto_decoder_loss(model: TaskLatents, base: BaseNetwork, tasks: TaskSource, config: GeneratorConfig,
                       generator: torch.Generator, num_unconditional: int = 0) -> Tensor:
     "Loss of noisy task latents on samples of their tasks, plus the offsets' penalty."
@@ -136,7 +136,7 @@ def maml_loss(model: nn.Module, base: BaseNetwork, tasks: TaskSource, config: Ge
     if config.method != "maml": z = start + (z - start).detach()
     return base.loss(model(z), batch.query, batch).mean()
 
-# %% ../nbs/23_meta.ipynb #e98fc4bf
+# %% ../nbs/23_meta.ipynb #88be9deb
 def train_hnet(
     base: BaseNetwork,
     tasks: TaskSource,  # meta-train
@@ -154,7 +154,7 @@ def train_hnet(
     lots = torch.Generator().manual_seed(seed)
     with_latents, joint = config.method in ("auto_decoder", "joint"), config.method == "joint"
     question_dim = tasks.question_phrases()[0].shape[1] if joint else 0
-    hnet = HNet(base.n_weights, config.latent_dim, config.hidden, config.output_scale, lots, question_dim)
+    hnet = HNet(base.n_weights, config.latent_dim, config.hidden, config.output_scale, lots, question_dim, config.dropout)
     if joint:
         with torch.no_grad(): hnet.layers[-1].bias.copy_(initial_weights(base, 0.1, lots))
     model: nn.Module = hnet
