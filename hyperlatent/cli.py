@@ -6,11 +6,11 @@
 __all__ = ['Settings', 'COMMANDS', 'Demo', 'Train', 'Evaluate', 'TrainClip', 'Table', 'say', 'base_settings', 'merged', 'parse',
            'main']
 
-# %% ../nbs/43_cli.ipynb #e729e403
+# %% ../nbs/43_cli.ipynb #cf3f1d27
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,11 +21,13 @@ from .commands.data import Encoders, Prepare
 from .commands.explore import Explore
 from .commands.folder import Rehearse
 from .commands.pipeline import Generate, Predict, Ship
+from .commands.reproduce import Reproduce
 from .config import from_dict, load_config, to_dict
 from .errors import ConfigError, HyperLatentError
+from .reproduce_settings import reproduce_preset
 from .settings import ClipTrainingConfig, Config, preset
 
-# %% ../nbs/43_cli.ipynb #f0c6f6f9
+# %% ../nbs/43_cli.ipynb #f8f894e1
 Settings = Annotated[Config, tyro.conf.arg(name="")]  # the sections' options stand without a prefix
 
 
@@ -100,14 +102,14 @@ def say(line: str) -> None:
     "Print a line at once, also into a file or pipe."
     print(line, flush=True)
 
-# %% ../nbs/43_cli.ipynb #11a3295b
+# %% ../nbs/43_cli.ipynb #67a842c1
 COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "rehearse": Rehearse,
             "encoders": Encoders, "train-clip": TrainClip, "generate": Generate, "predict": Predict, "ship": Ship,
-            "explore": Explore}
+            "explore": Explore, "reproduce": Reproduce}
 
 
-def base_settings(arguments: Sequence[str]) -> Config:
-    "Preset and file of a command line, before its single options. Raises `ConfigError` for a bad file."
+def base_settings(arguments: Sequence[str], named: Callable[[str], Config] = preset) -> Config:
+    "Preset (by its name) and file of a command line, before its single options. Raises `ConfigError` for a bad file."
     @dataclass
     class First:
         preset: str | None = None
@@ -116,10 +118,10 @@ def base_settings(arguments: Sequence[str]) -> Config:
 
     first, _ = tyro.cli(First, args=list(arguments), return_unknown_args=True, add_help=False)
     if first.quick and first.preset: raise ConfigError("--quick and --preset are both given", "Give one of them")
-    settings = preset("scenes-quick" if first.quick else first.preset or "scenes")
+    settings = named("scenes-quick" if first.quick else first.preset or "scenes")
     if first.config is None: return settings
-    load_config(first.config, Config)  # names what is wrong in the file
-    return from_dict(Config, merged(to_dict(settings), json.loads(first.config.read_text(encoding="utf-8"))))
+    load_config(first.config, type(settings))  # names what is wrong in the file
+    return from_dict(type(settings), merged(to_dict(settings), json.loads(first.config.read_text(encoding="utf-8"))))
 
 
 def merged(values: dict, changes: dict) -> dict:
@@ -130,9 +132,9 @@ def merged(values: dict, changes: dict) -> dict:
 
 def parse(arguments: Sequence[str]):
     "The command to run. Exits with code 2 and the nearest option's name if there is no such option."
-    if arguments[:1] and arguments[0] in ("demo", "train"):
+    if arguments[:1] and arguments[0] in ("demo", "train", "reproduce"):
         command = COMMANDS[arguments[0]]
-        default = command(settings=base_settings(arguments[1:]))
+        default = command(settings=base_settings(arguments[1:], reproduce_preset if command is Reproduce else preset))
         return tyro.cli(command, prog=f"hyperlatent {arguments[0]}", args=list(arguments[1:]), default=default)
     return tyro.extras.subcommand_cli_from_dict({**COMMANDS}, prog="hyperlatent", args=list(arguments))
 
