@@ -41,7 +41,7 @@ PUBLISHED: dict[Key, tuple[float, float]] = {  # percent, and the paper's deviat
     ("hyperclip_hnet", None): (58.82, 0.27), ("hyperclip_hvae", None): (58.75, 0.29), ("hyperldm_hnet", 1.0): (58.70, 0.11),
     ("hyperldm_hnet", 1.5): (58.60, 0.09), ("hyperldm_hvae", 1.0): (58.97, 0.09), ("hyperldm_hvae", 1.5): (58.89, 0.07)}
 
-# %% ../nbs/43_reproduce_results.ipynb #83298b09
+# %% ../nbs/43_reproduce_results.ipynb #0541ba21
 @dataclass
 class Collected:
     "The scores of several seeds."
@@ -49,7 +49,7 @@ class Collected:
     scores: dict[str, dict[Key, Table]]  # by stage, without `scores_`
     chosen: list[dict[str, dict[str, Any]]]  # by meta-validation, for each seed and generator
     tasks: list[dict[str, Any]]  # the meta-test questions
-    health: list[dict[str, dict[str, float]]]  # for each seed and generator
+    health: list[dict[str, dict[str, float | None]]]  # for each seed and generator
 
     def all_of(self, stage: str, method: str) -> dict[float, Table]:
         "All guidance scales of a method."
@@ -84,12 +84,12 @@ def _table(artifact) -> dict[Key, Tensor]:
 def _stacked(tables: Sequence[dict[Key, Tensor]]) -> dict[Key, Table]:
     return {key: torch.stack([table[key] for table in tables]) for key in tables[0] if all(key in table for table in tables)}
 
-# %% ../nbs/43_reproduce_results.ipynb #994b2111
+# %% ../nbs/43_reproduce_results.ipynb #d7a6426e
 def table_rows(collected: Collected, resamples: int = 10_000) -> list[dict[str, Any]]:
     "Every zero-shot method in the table's order, and last what all examples give."
     test, validation, rows = collected.scores["test"], collected.scores["validation"], []
 
-    def add(group: str, label: str, key: Key, scores: Table, on_validation: Table | None) -> None:
+    def add(group: str, label: str, key: Key, scores: Table, on_validation: Tensor | None) -> None:
         mean, gain = crossed_bootstrap(scores, resamples), crossed_bootstrap(scores - test["clip", None], resamples)
         rows.append(dict(group=group, label=label, method=key[0], guidance_scale=key[1], **_as_dict(mean),
                          delta_clip=gain.value, delta_ci95=[gain.low, gain.high], published=PUBLISHED.get(key),
@@ -195,7 +195,7 @@ def _judge_ablations(collected: Collected, best: str, add: Callable) -> None:
 
 JUDGES = {"evidence": _judge_evidence, "few_shot": _judge_examples, "samplers": _judge_samplers, "ablations": _judge_ablations}
 
-# %% ../nbs/43_reproduce_results.ipynb #4ea9725c
+# %% ../nbs/43_reproduce_results.ipynb #9e8e5ffe
 def summary(collected: Collected, resamples: int = 10_000) -> dict[str, Any]:
     "Everything that table, claims and figures are drawn from, as JSON values."
     best, curve = ours(collected), lambda table: _as_dict(crossed_bootstrap(table, resamples))
@@ -205,8 +205,8 @@ def summary(collected: Collected, resamples: int = 10_000) -> dict[str, Any]:
     shots = {f"{name}_{kind}": [dict(n=n, **curve(scores["few_shot"][key])) for n in shots_of(collected, name)
                                 if (key := (f"{name}_{kind}_{n}_shot", None)) in scores["few_shot"]]
              for name in GENERATORS for kind in ("start", "guided", "support") if shots_of(collected, name)}
-    others = {stage: {f"{key[0]}": curve(table) for key, table in scores[stage].items()}
-              for stage in ("evidence", "samplers", "ablations") if stage in scores}
+    others: dict[str, Any] = {stage: {key[0]: curve(table) for key, table in scores[stage].items()}
+                              for stage in ("evidence", "samplers", "ablations") if stage in scores}
     found = dict(seeds=collected.seeds, tasks=len(collected.tasks), ours=best, chosen=collected.chosen,
                  rows=table_rows(collected, resamples), claims=[one.as_dict() for one in claims(collected, resamples)],
                  guidance=guidance, shots=shots, **others,

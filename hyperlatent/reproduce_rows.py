@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['WALK_CHANGES', 'Choice', 'zero_shot', 'unguided', 'guided', 'choose', 'all_samples', 'Judge', 'about', 'evidence',
-           'scorers_of', 'question_encoder', 'examples', 'samplers', 'ablations', 'health']
+           'scorers_of', 'question_encoder', 'examples', 'samplers', 'unscaled', 'ablations', 'health']
 
-# %% ../nbs/43_reproduce_rows.ipynb #648981b3
+# %% ../nbs/43_reproduce_rows.ipynb #03df3b63
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapt import adapt
 from .artifacts import Artifact
@@ -127,7 +127,7 @@ def all_samples(models: Models, tasks: TaskSet, config: Config, sampler: tuple[s
     at_once = config.hyperldm.num_samples * max(1, sampler[1] // 50)
     return rows_of(tasks, models.base, lambda batch, at: sampler_rows(models, batch, config, [sampler]), at_once)[0]
 
-# %% ../nbs/43_reproduce_rows.ipynb #b747155d
+# %% ../nbs/43_reproduce_rows.ipynb #fcc40c26
 @dataclass
 class Judge:
     "A trained seed that scores."
@@ -166,8 +166,10 @@ class Judge:
         "Score on meta-test with what was chosen: the table, and the studies that are asked for."
         tasks, config = self.chain.tasks.split("meta-test"), self.chain.config
         configs = {name: choice.apply(config) for name, choice in chosen.items()}
-        self.stage("scores_test", ["compare"], lambda: (zero_shot(self.trained, tasks, self._widest(configs)), about(self.chain.tasks)))
-        studies = {"evidence": lambda: evidence(self.trained, self.chain.tasks, configs),
+        make = lambda: (zero_shot(self.trained, tasks, self._widest(configs)), about(self.chain.tasks))
+        self.stage("scores_test", ["compare"], make)
+        studies: dict[str, Callable[[], tuple[list[Row], dict[str, Any]]]] = {
+                   "evidence": lambda: evidence(self.trained, self.chain.tasks, configs),
                    "few_shot": lambda: examples(self.trained, tasks, configs),
                    "samplers": lambda: samplers(self.trained, tasks, configs["hnet"]),
                    "ablations": lambda: ablations(self.trained, tasks, configs["hnet"]),
@@ -186,7 +188,7 @@ def about(tasks: TaskSet) -> dict[str, Any]:
     new = compositional_distance(test.questions, train.questions).tolist()
     return {"tasks": [dict(question=q, kind=kind, new_pairs=n) for q, kind, n in zip(test.questions, test.kinds, new)]}
 
-# %% ../nbs/43_reproduce_rows.ipynb #de670f76
+# %% ../nbs/43_reproduce_rows.ipynb #a4676477
 def evidence(trained: Trained, tasks: TaskSet, configs: Mapping[str, Config]) -> tuple[list[Row], dict[str, Any]]:
     "Rows of all controls, wordings and of task inference."
     test, scorers = tasks.split("meta-test"), scorers_of(trained, configs)
@@ -222,8 +224,12 @@ def scorers_of(trained: Trained, configs: Mapping[str, Config]) -> dict[str, Sco
 
         scorers |= {f"hyperldm_{name}": hyperldm, f"hyperclip_{name}": hyperclip}
     for name, network in trained.networks.items():
-        scorers[name] = lambda batch, name=name, network=network: text_rows(trained.generators["hnet"], {name: network}, batch)[0].per_task
+        scorers[name] = partial(_text_score, trained.generators["hnet"], network)
     return scorers
+
+
+def _text_score(models: Models, network: nn.Module, batch: TaskBatch) -> Tensor:
+    return text_rows(models, {"": network}, batch)[0].per_task
 
 
 def question_encoder(tasks: TaskSet, config: Config) -> QuestionEncoder | None:
@@ -247,7 +253,7 @@ def _in_parts(score: Scorer, models: Models, configs: Mapping[str, Config]) -> S
     size = max(1, models.base.max_tasks // _most_samples(configs))
     return lambda batch: torch.cat([score(batch.take(part)) for part in torch.arange(len(batch)).split(size)])
 
-# %% ../nbs/43_reproduce_rows.ipynb #7ecdd0b4
+# %% ../nbs/43_reproduce_rows.ipynb #f82726e5
 def examples(trained: Trained, tasks: TaskSet, configs: Mapping[str, Config]) -> tuple[list[Row], dict[str, Any]]:
     "n-shot rows `hnet_start_5_shot`, `hnet_guided_5_shot`, `hnet_support_5_shot` and so on for every generator."
     kinds, rows = {"hnet": "start", "hyperldm_support": "support", "hyperldm": "guided"}, []
@@ -256,13 +262,18 @@ def examples(trained: Trained, tasks: TaskSet, configs: Mapping[str, Config]) ->
         config = replace(config, hyperldm=replace(config.hyperldm, num_samples=config.compare.few_shot_samples))
         for row in few_shot_rows(models, tasks, config):
             kind, n, _ = row.method.rsplit("_", 2)
-            rows.append(replace(row, method=f"{name}_{kinds[kind]}_{n}_shot"))
+            rows.append(Row(f"{name}_{kinds[kind]}_{n}_shot", None, row.per_task))
     return rows, {}
 
 
 def samplers(trained: Trained, tasks: TaskSet, config: Any) -> tuple[list[Row], dict[str, Any]]:
     "A row `hyperldm_ddim_50` and so on for every sampler, on `hnet`."
-    return [all_samples(trained.generators["hnet"], tasks, config, sampler) for sampler in config.compare.samplers], {}
+    return unscaled([all_samples(trained.generators["hnet"], tasks, config, sampler) for sampler in config.compare.samplers]), {}
+
+
+def unscaled(rows: Sequence[Row]) -> list[Row]:
+    "The rows without their guidance scale, which each seed has chosen for itself: so a row has one name in all seeds."
+    return [replace(row, guidance_scale=None) for row in rows]
 
 
 def ablations(trained: Trained, tasks: TaskSet, config: Any) -> tuple[list[Row], dict[str, Any]]:
@@ -282,7 +293,7 @@ def ablations(trained: Trained, tasks: TaskSet, config: Any) -> tuple[list[Row],
             rows.append(Row(name, None, models.score_latents(sampled_latents(other, batch.question_features, config), batch)))
         return rows + ensemble_rows(models, batch, config, sizes)
 
-    return rows_of(tasks, models.base, make, max(config.hyperldm.num_samples, *sizes)), {}
+    return unscaled(rows_of(tasks, models.base, make, max(config.hyperldm.num_samples, *sizes))), {}
 
 # %% ../nbs/43_reproduce_rows.ipynb #36a2d557
 def health(trained: Trained, tasks: TaskSet, configs: Mapping[str, Config]) -> tuple[list[Row], dict[str, Any]]:

@@ -126,13 +126,14 @@ def add_ridge(trainer: Trainer) -> None:
 
     trainer.trained.networks["ridge"] = load_network(LinearLatents, trainer.stage("ridge", [], make, ("hnet", "zoo")), trainer.device)
 
-# %% ../nbs/42_reproduce_training.ipynb #f66a1cbd
+# %% ../nbs/42_reproduce_training.ipynb #08e620d1
 def add_hvae(trainer: Trainer) -> None:
     "HVAE, the zoo of its latents, and both guides trained on that."
-    config, models, kept = trainer.config, trainer.models, {}
+    config, models, kept = trainer.config, trainer.models, dict[str, Any]()
     architecture = dict(n_weights=models.base.n_weights, latent_dim=config.hvae.latent_dim, hidden=config.hvae.hidden,
                         log_variance_offset=config.hvae.log_variance_offset)
-    data = (models.mnet, models.base, trainer.train)
+    mnet: Any = models.mnet
+    data = (mnet, models.base, trainer.train)
 
     def make(path: Path) -> Made:
         model, result, kept["zoo"] = train_hvae(*data, trainer.validation, config.hvae, **trainer.options(path))
