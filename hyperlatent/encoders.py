@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'SCENES', 'CONFIG_FILE', 'WEIGHTS_FILE', 'VOCABULARY', 'TRANSFORMERS', 'register_scenes', 'build_encoder',
            'load_encoder', 'save_encoder']
 
-# %% ../nbs/10_encoders.ipynb #6a0ce831
+# %% ../nbs/10_encoders.ipynb #ead38bbc
 import difflib
 import json
 import logging
@@ -23,7 +23,8 @@ from torch import Tensor
 from .clip_contract import CLIPContract  # noqa: F401  belongs here too
 from .clip_encoder import CLIPEncoder, Preprocessing, Tokenizer, activation
 from .errors import EncoderError
-from .files import untied, write_json, written_whole
+from .files import read_json, untied, write_json, written_whole
+from .model_sizes import check_numbers, check_size
 from .transformers_encoder import is_transformers_folder, load_transformers_encoder
 
 # %% ../nbs/10_encoders.ipynb #7e1bbe4e
@@ -100,7 +101,7 @@ def _explained(problem: str, remedy: str = "Check that the weights are complete 
     except Exception as e:  # open_clip, the hub and safetensors raise a dozen types of their own
         raise EncoderError(f"{problem}: {str(e)[:300] or type(e).__name__}", remedy) from e
 
-# %% ../nbs/10_encoders.ipynb #69df5469
+# %% ../nbs/10_encoders.ipynb #d0780212
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"  # open_clip's names
 VOCABULARY = 49408  # tokens of open_clip's own tokenizer
 TRANSFORMERS = "transformers:"  # before the name of a repository
@@ -124,12 +125,22 @@ def load_encoder(
         raise EncoderError(f"{str(file)!r} is no safetensors file, and pickles are never opened",
                            "Convert it where you trust it")
     with _explained(f"{str(file)!r} cannot be loaded"):
+        if name.startswith("local-dir:"): _check_folder(name, file)
         architecture = open_clip.get_model_config(name)
         tokenizer = Tokenizer(open_clip.get_tokenizer(name), _token_ids(file, architecture))
         model = open_clip.create_model(name, None if name.startswith("local-dir:") else str(file), **options)
         preprocessing = Preprocessing(model.visual.preprocess_cfg, resize_mode)
     encoder = CLIPEncoder(model.eval().requires_grad_(False), tokenizer, preprocessing, architecture)
     return encoder.to(device)
+
+
+def _check_folder(name: str, weights: Path) -> None:
+    "Raise an error if a folder's configuration is none, or asks for what its weights cannot be."
+    import open_clip
+
+    check_numbers(read_json(weights.parent / CONFIG_FILE, limit=2**20), weights.parent / CONFIG_FILE)
+    with _random_weights_are_fine():
+        check_size(lambda: open_clip.create_model(name, load_weights=False, device="meta"), [weights])
 
 
 def _resolve(name: str, pretrained: str | None) -> tuple[str, Path, dict]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pooled', 'sentence_settings', 'SentenceContract', 'SentenceEncoder', 'load_sentence_encoder']
 
-# %% ../nbs/10_sentence_encoder.ipynb #a1a745bc
+# %% ../nbs/10_sentence_encoder.ipynb #b3fd9abe
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .clip_contract import Contract
 from .errors import EncoderError
 from .files import fingerprint
+from .model_sizes import check_numbers, check_size
 
 # %% ../nbs/10_sentence_encoder.ipynb #e3f8ee33
 def pooled(
@@ -50,7 +51,7 @@ def sentence_settings(folder: Path) -> dict[str, Any]:
         raise EncoderError(f"{str(folder)!r} pools by {' and '.join(modes)}", "Choose a sentence encoder with mean, cls or lasttoken")
     return {"pooling": (modes or ["mean"])[0], "max_length": read("sentence_bert_config.json").get("max_seq_length")}
 
-# %% ../nbs/10_sentence_encoder.ipynb #0b40655e
+# %% ../nbs/10_sentence_encoder.ipynb #5b77fe70
 @dataclass(frozen=True)
 class SentenceContract(Contract):
     "What features of questions depend on."
@@ -103,11 +104,13 @@ def load_sentence_encoder(
     try:
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=_FILES))
         settings = sentence_settings(folder)
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_numbers(config.to_dict(), folder)
         halved = config.is_encoder_decoder or "t5" in config.model_type  # of these we need one half
         kind = AutoModelForTextEncoding if halved else AutoModel
-        model = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if weights := [*folder.glob("*.safetensors")]: check_size(lambda: kind.from_config(config), weights)
+        model = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except EncoderError:
         raise
     except Exception as e:  # the hub, tokenizers, safetensors and the models raise types of their own

@@ -6,7 +6,7 @@
 __all__ = ['TransformersPreprocessing', 'TransformersTokenizer', 'TransformersContract', 'TransformersEncoder',
            'is_transformers_folder', 'load_transformers_encoder']
 
-# %% ../nbs/10_transformers_encoder.ipynb #5cd44f77
+# %% ../nbs/10_transformers_encoder.ipynb #21f1ab95
 import json
 import warnings
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from .clip_contract import Contract
 from .clip_encoder import CLIPEncoder, Preprocessing, Tokenizer
 from .errors import EncoderError
 from .files import fingerprint
+from .model_sizes import check_numbers, check_size
 
 # %% ../nbs/10_transformers_encoder.ipynb #c5dca05b
 class TransformersPreprocessing(Preprocessing):
@@ -42,7 +43,7 @@ class TransformersPreprocessing(Preprocessing):
         "A PIL image in the model's size."
         return self.processor(picture.convert("RGB"), **self.options)["pixel_values"][0]
 
-# %% ../nbs/10_transformers_encoder.ipynb #cadd368c
+# %% ../nbs/10_transformers_encoder.ipynb #10948f05
 class TransformersTokenizer(Tokenizer):
     "A tokenizer of transformers' with the length and the padding that a model wants."
 
@@ -68,7 +69,7 @@ class TransformersTokenizer(Tokenizer):
                 self._warned = True
                 warnings.warn(f"{text[:60]!r} has {length} tokens, and is cut after {self.context_length}", stacklevel=4)
 
-# %% ../nbs/10_transformers_encoder.ipynb #78b87c55
+# %% ../nbs/10_transformers_encoder.ipynb #55383ad3
 class _Towers(nn.Module):
     "A two-tower model of transformers' under the names that open_clip uses."
 
@@ -114,7 +115,7 @@ class TransformersEncoder(CLIPEncoder):
         return TransformersContract(self.architecture, fingerprint(weights), self.preprocessing.config, text, "l2",
                                     transformers.__version__)
 
-# %% ../nbs/10_transformers_encoder.ipynb #d7b61149
+# %% ../nbs/10_transformers_encoder.ipynb #f83112ee
 def is_transformers_folder(folder: str | Path) -> bool:
     "Whether a folder holds a model as `save_pretrained` writes it."
     try: return "model_type" in json.loads((Path(folder) / "config.json").read_bytes())
@@ -130,12 +131,14 @@ def load_transformers_encoder(
 
     remedy = "Check the name and the connection, or give a folder that save_pretrained has written"
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # else transformers would ask whether to run the folder's code
+        check_numbers(config.to_dict(), name)
         towers = getattr(config, "vision_config", None) and getattr(config, "text_config", None)
         if not towers: raise EncoderError(f"{str(name)!r} is a {config.model_type!r} and has no two towers",
                                           "Give a CLIP or SigLIP model; as an encoder of questions it may do")
-        model = AutoModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
-        processor, tokenizer = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        if weights := [*Path(name).glob("*.safetensors")]: check_size(lambda: AutoModel.from_config(config), weights)
+        model = AutoModel.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32, trust_remote_code=False)
+        processor, tokenizer = (kind.from_pretrained(name, trust_remote_code=False) for kind in (AutoImageProcessor, AutoTokenizer))
     except EncoderError:
         raise
     except Exception as e:  # the hub, tokenizers, safetensors and the models raise types of their own

@@ -21,6 +21,13 @@ os.register_at_fork(before=lambda: torch.set_num_threads(1))
 SHAPE_CHECKS = install_import_hook("hyperlatent", "beartype.beartype")  # kept: it lasts as long as it is referenced
 
 
+def copied(files, folder: Path) -> Path:
+    """The folder, with copies of some files in it that a test may damage."""
+    for file in files:
+        shutil.copy(file, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

@@ -22,20 +22,25 @@ with atheris.instrument_imports(include=["hyperlatent", "json", "safetensors"], 
     import torch
 
     from hyperlatent.artifacts import load_artifact, save_artifact
-    from hyperlatent.base import random_tasks
+    from hyperlatent.base import CLIPAdapter, random_tasks
     from hyperlatent.config import load_config
+    from hyperlatent.encoders import MODELS, SCENES
     from hyperlatent.errors import HyperLatentError
     from hyperlatent.evaluate import read_results, seeds_table, table
-    from hyperlatent.files import fingerprint, fingerprint_file
+    from hyperlatent.files import fingerprint, fingerprint_file, read_json
     from hyperlatent.guidance import ClassifierGuidance
     from hyperlatent.hyperclip import HyperCLIP
     from hyperlatent.hyperldm import Denoiser
     from hyperlatent.hypernet import HNet
+    from hyperlatent.model_sizes import check_numbers
+    from hyperlatent.pipeline import HyperLatentPipeline
+    from hyperlatent.pipeline_parts import Background, PipelineConfig, PipelineParts, save_parts
     from hyperlatent.settings import Config, FitConfig
     from hyperlatent.stages import load_multitask, load_network, load_zoo
     from hyperlatent.tasks import TaskSet
     from hyperlatent.training import fit
     from hyperlatent.trajectory import Trajectory
+    from hyperlatent.word_table import WordTable
 
 SIZES = {HNet: dict(n_weights=6, latent_dim=3, hidden=[4]), HyperCLIP: dict(n_weights=6, question_dim=5, hidden=[4]),
          Denoiser: dict(latent_dim=3, question_dim=5, hidden=4, n_blocks=1, time_dim=4)}
@@ -58,6 +63,19 @@ def prepare(folder: Path) -> None:
     row = dict(method="hyperldm", guidance_scale=1.5, accuracy=0.5, ci95=[0.4, 0.6])
     (folder / "results.json").write_text(json.dumps(dict(seed=0, tasks=3, rows=[row, row | {"guidance_scale": None}])))
     train(folder / "checkpoint.safetensors")
+    pipeline = {cls: cls(**sizes | ({"n_weights": 7} if "n_weights" in sizes else {})) for cls, sizes in SIZES.items()}
+    words = WordTable(torch.tensor([320, 1125, 3140]), torch.randn(5, 5, generator=generator), 12)
+    save_parts(PipelineParts(CLIPAdapter(2, 1), pipeline[HNet], pipeline[Denoiser], pipeline[HyperCLIP], torch.zeros(5), words,
+                             Background(torch.zeros(1, 2, 3), ["a?", "b?"], ["", ""]), PipelineConfig(num_samples=1)), folder / "pipeline")
+    ask(folder / "pipeline")  # what it imports is imported before the clock runs
+    (folder / "encoder.json").write_bytes((MODELS / f"{SCENES}.json").read_bytes())
+
+
+def ask(folder: Path) -> None:
+    """Load a pipeline and use it: what its settings say takes effect then."""
+    pipe = HyperLatentPipeline.from_pretrained(folder, progress=False)
+    pipe("a red star?", num_inference_steps=2, num_samples=1)
+    pipe("a red star?", guider="classifier", num_inference_steps=2, num_samples=1)
 
 
 def train(checkpoint: Path) -> None:
@@ -85,7 +103,9 @@ FILES = {  # the file that an input becomes: what reads it
     "multitask/weights.safetensors": lambda folder: load_multitask(load_artifact(folder)),
     "zoo/weights.safetensors": lambda folder: load_zoo(load_artifact(folder)),
     "config.json": lambda folder: load_config(folder / "config.json", Config), "results.json": score,
-    "checkpoint.safetensors": lambda folder: train(folder / "checkpoint.safetensors")}
+    "checkpoint.safetensors": lambda folder: train(folder / "checkpoint.safetensors"),
+    **{f"pipeline/{name}": ask for name in ("pipeline.json", "background.json", "artifact.json", "weights.safetensors")},
+    "encoder.json": lambda folder: check_numbers(read_json(folder / "encoder.json"), "encoder.json")}
 
 
 def sign(folder: Path) -> None:

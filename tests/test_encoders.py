@@ -1,6 +1,7 @@
 """Encoders: our features are open_clip's, whatever does not fit is one error, and nothing is unpickled."""
 
 import json
+import resource
 import shutil
 import warnings
 from dataclasses import replace
@@ -219,6 +220,21 @@ def test_a_damaged_configuration_is_one_error(saved, config):
     (saved / CONFIG_FILE).write_text(config)
     with pytest.raises(EncoderError):
         load_encoder(saved)
+
+
+@pytest.mark.parametrize("change", [
+    {"embed_dim": 2**22}, {"text_cfg": {"width": 2**18}}, {"text_cfg": {"layers": 10**9}}, {"vision_cfg": {"layers": [1, 1, 1, 10**7]}},
+    {"vision_cfg": {"width": 10**13}}, {"text_cfg": {"vocab_size": 2**24, "width": 2048, "heads": 8}},
+])
+def test_a_model_that_its_weights_cannot_fill_is_never_built(saved, change):
+    """Not an out-of-memory kill: the sizes are compared before memory is taken."""
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    for name, value in change.items():
+        config["model_cfg"][name] = config["model_cfg"][name] | value if isinstance(value, dict) else value
+    (saved / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(EncoderError, match="no model has more than|describes a model of"):
+        load_encoder(saved)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4e6  # kilobytes
 
 
 def test_missing_files_are_one_error(saved, tmp_path):

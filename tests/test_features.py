@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import copied
 from PIL import Image
 
 from hyperlatent.cli import main
@@ -46,9 +47,7 @@ def coco(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(coco, tmp_path) -> Path:
     """The same pictures side by side, to be damaged."""
-    for path in coco.rglob("*.jpg"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
+    return copied(coco.rglob("*.jpg"), tmp_path)
 
 
 def tasks_of(names=NAMES, number: int = 4) -> list[Task]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from hyperlatent import HyperLatentPipeline
 from hyperlatent.base import CLIPAdapter
 from hyperlatent.guidance import ClassifierFreeGuidance
 from hyperlatent.hyperldm import Denoiser
@@ -34,6 +35,7 @@ adapter = CLIPAdapter(dim=64, hidden=16)
 guide = ClassifierFreeGuidance(Denoiser(latent_dim=8, question_dim=32))
 trajectory: Trajectory = guide(torch.randn(3, 32), guidance_scale=1.5, num_samples=4)
 reveal_type(adapter.n_weights)
+reveal_type(HyperLatentPipeline.from_pretrained("scenes"))
 reveal_type(Trajectory.load(Path("here")))
 CLIPAdapter(dim="64")
 """
@@ -96,5 +98,6 @@ def test_user_code_is_checked_against_our_types(installed, outside, tmp_path):
     result = run(sys.executable, "-m", "mypy", "--python-executable", installed / "python", "mine.py", **outside)
     revealed = [line.split("Revealed type is ")[1].strip('"') for line in result.stdout.splitlines() if "Revealed" in line]
     errors = [line for line in result.stdout.splitlines() if "error:" in line]
-    assert revealed == ["int", "hyperlatent.trajectory.Trajectory"], result.stdout + result.stderr
+    expected = ["int", "hyperlatent.pipeline.HyperLatentPipeline", "hyperlatent.trajectory.Trajectory"]
+    assert revealed == expected, result.stdout + result.stderr
     assert len(errors) == 1 and 'incompatible type "str"' in errors[0], result.stdout

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import copied
 from vqa_official import ANNOTATIONS, QUESTIONS, SUBSETS, Writer, official, synthetic_split
 
 from hyperlatent.cli import main
@@ -43,9 +44,7 @@ def sample(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(sample, tmp_path) -> Path:
     """The sample's files, to be damaged."""
-    for file in sample.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
+    return copied(sample.glob("*.json"), tmp_path)
 
 
 # ---- the split

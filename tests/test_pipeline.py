@@ -20,7 +20,7 @@ from PIL import Image
 
 from hyperlatent import HyperLatentPipeline, cli
 from hyperlatent.artifacts import load_artifact, save_artifact
-from hyperlatent.base import CLIPAdapter, random_batch
+from hyperlatent.base import CLIPAdapter, random_batch, random_tasks
 from hyperlatent.data.scene_lookup import question_task
 from hyperlatent.data.scene_questions import split_questions, wordings
 from hyperlatent.encoders import MODELS, load_encoder
@@ -174,6 +174,16 @@ def test_another_encoder_is_refused(pipe):
         HyperLatentPipeline(replace(pipe.parts, config=wrong)).encoder  # noqa: B018
     older = replace(pipe.config, contract=pipe.config.contract | {"open_clip": "1.0"})  # only weights matter
     assert HyperLatentPipeline(replace(pipe.parts, config=older)).encoder.dim == 192
+
+
+@pytest.mark.parametrize("dim", [160, 7])
+def test_a_run_whose_questions_were_encoded_otherwise_is_refused(dim):
+    """CLIP's text features, or a language model's: a shipped pipeline could not read a new question."""
+    from hyperlatent.run_parts import _question_encoder
+
+    tasks = random_tasks(4, dim, lots())
+    with pytest.raises(EncoderError, match="were not encoded by the word vectors.*Only runs whose questions were"):
+        _question_encoder(load_encoder("scenes", device="cpu"), tasks)
 
 
 # ---- foreign and damaged folders

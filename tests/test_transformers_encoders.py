@@ -1,6 +1,8 @@
 """Models of transformers': our features are those of the libraries' own calls."""
 
+import json
 import shutil
+import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,6 +141,30 @@ def test_pickled_weights_are_refused(towers, tmp_path):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(EncoderError, match="safetensors"):
         load_encoder(folder, device="cpu")
+
+
+@pytest.mark.parametrize("load", [load_encoder, load_sentence_encoder])
+def test_code_in_a_folder_is_not_run_nor_asked_about(towers, tmp_path, load, capfd):
+    """transformers would wait a quarter of a minute for a yes."""
+    folder = shutil.copytree(towers, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "evil", "auto_map": {
+        "AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": ["evil.Words", None]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("print('boom')")
+    start = time.monotonic()
+    with pytest.raises(EncoderError):
+        load(folder)
+    assert time.monotonic() - start < 10 and "boom" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 2**20}, {"num_hidden_layers": 10**9}, {"vocab_size": 2**24}])
+def test_a_model_that_its_weights_cannot_fill_is_never_built(towers, tmp_path, change):
+    folder = shutil.copytree(towers, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EncoderError, match="no model has more than|describes a model of"):
+        load_encoder(folder)
 
 
 def test_a_repository_that_is_not_here(monkeypatch):
