@@ -34,17 +34,17 @@ def check_numbers(
         if abs(config) > most:
             raise EncoderError(f"{str(file)!r} has a {name!r} that is too large: no model has more than {most}", "Check the file")
 
-# %% ../nbs/10_model_sizes.ipynb #511f866b
+# %% ../nbs/10_model_sizes.ipynb #108d7b64
 def check_size(
     make: Callable[[], nn.Module],  # builds the model, without weights; called with the device "meta"
     files: Iterable[str | Path],  # of its weights
 ) -> None:
     "Raise `EncoderError` if a model needs many more numbers than its files have bytes."
-    files = [Path(file) for file in files]
-    there = sum(file.stat().st_size for file in files)
+    paths = [Path(file) for file in files]
+    there = sum(path.stat().st_size for path in paths)
     try:
         with torch.device("meta"): needed = sum(x.numel() for x in make().state_dict().values())
     except Exception: return  # a model that cannot be built without memory, or at all: that is said where it is built in earnest
     if needed > 2 * there + 2**24:
-        raise EncoderError(f"{str(files[0].parent)!r} describes a model of {needed} numbers, and holds {there} bytes of weights",
+        raise EncoderError(f"{str(paths[0].parent)!r} describes a model of {needed} numbers, and holds {there} bytes of weights",
                            "Download it again, or check its configuration")
