@@ -6,7 +6,7 @@
 __all__ = ['Row', 'bootstrap_interval', 'Models', 'unguided_rows', 'majority_scores', 'nearest_task_latents', 'guided_rows',
            'derangement', 'zero_shot_rows', 'in_order', 'results', 'table', 'read_results', 'seeds_table']
 
-# %% ../nbs/41_evaluate.ipynb #1a93f8ab
+# %% ../nbs/41_evaluate.ipynb #38b8349c
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,13 @@ from .files import read_json
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .guide_training import sample, walk
 from .hyperclip import HyperCLIP
+from .processes import ALONE, Share, summed
 from .settings import Config
 from .tasks import TaskBatch, TaskSet
+from .tensor_tasks import over_tasks
 from .zoo import Zoo
 
-# %% ../nbs/41_evaluate.ipynb #ea23a39a
+# %% ../nbs/41_evaluate.ipynb #ec1feb93
 @dataclass
 class Row:
     "One method's score on every task."
@@ -47,9 +49,11 @@ class Row:
 
 def bootstrap_interval(values: Float[Tensor, "task"], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     "Percentile bootstrap of the mean, 95 %. Give it differences of two rows for a paired interval."
-    lots = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(values), (resamples, len(values)), generator=lots)
-    low, high = values.cpu().float()[chosen].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    lots, values = torch.Generator().manual_seed(seed), values.cpu().float()
+    block = max(1, 2**24 // len(values))  # resamplings at once
+    means = [values[torch.randint(len(values), (min(block, resamples - i), len(values)), generator=lots)].mean(1)
+             for i in range(0, resamples, block)]
+    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
 
 # %% ../nbs/41_evaluate.ipynb #b29fd402
@@ -91,12 +95,13 @@ def majority_scores(batch: TaskBatch) -> Float[Tensor, "task"]:
     right = (batch.query.labels == votes.sum(1).argmax(1)[:, None]) & batch.query.mask
     return right.sum(1) / batch.query.mask.sum(1)
 
-# %% ../nbs/41_evaluate.ipynb #d6d2a1fb
+# %% ../nbs/41_evaluate.ipynb #477d4f56
 def nearest_task_latents(models: Models, questions: Float[Tensor, "task question_dim"]) -> Float[Tensor, "task latent"]:
     "The mean zoo latent of the training task whose question is most similar."
-    own = models.train.batch(num_support=1, num_query=1, generator=torch.Generator()).question_features
-    nearest = (F.normalize(questions, dim=1) @ F.normalize(own, dim=1).T).argmax(1)
-    return models.zoo.latents.mean(0)[nearest]
+    phrases, owner = models.train.question_phrases()
+    own = F.normalize(phrases[torch.cat([owner.new_ones(1), owner.diff()]).bool()], dim=1)  # the first wording of each
+    best = [(F.normalize(part, dim=1) @ own.T).argmax(1) for part in questions.split(max(1, 2**26 // len(own)))]
+    return models.zoo.latents[:, torch.cat(best)].mean(0)
 
 
 def guided_rows(models: Models, batch: TaskBatch, shuffled: Float[Tensor, "task question_dim"], config: Config) -> list[Row]:
@@ -124,16 +129,24 @@ def derangement(n: int, generator: torch.Generator) -> Tensor:
     shuffled[order] = order.roll(1)
     return shuffled
 
-# %% ../nbs/41_evaluate.ipynb #47c0ea02
-def zero_shot_rows(models: Models, tasks: TaskSet, config: Config) -> list[Row]:
-    "Every row of the zero-shot table on `tasks`."
+# %% ../nbs/41_evaluate.ipynb #2ef1f22b
+def zero_shot_rows(models: Models, tasks: TaskSet, config: Config, share: Share = ALONE) -> list[Row]:
+    "Every row of the zero-shot table on `tasks`; of several processes each evaluates its tasks, and all get the table."
     order = derangement(len(tasks), torch.Generator().manual_seed(config.seed))
     questions = tasks.batch(num_support=1, num_query=1, generator=torch.Generator()).question_features
-    parts = []
-    for indices, batch in tasks.batches(max(1, models.base.max_tasks // config.hyperldm.num_samples)):
-        shuffled = questions[order[indices]]
-        parts.append((indices, unguided_rows(models, tasks, batch, config) + guided_rows(models, batch, shuffled, config)))
-    return in_order(parts)
+    own = share(torch.arange(len(tasks)))
+
+    def rows_of_some(at: Tensor, batch: TaskBatch) -> list[Row]:
+        shuffled = questions[order[own[at]]]
+        return unguided_rows(models, tasks, batch, config) + guided_rows(models, batch, shuffled, config)
+
+    some = tasks if share.number == 1 else tasks.subset(own)
+    rows = in_order(over_tasks(some, models.base.max_tasks // config.hyperldm.num_samples, rows_of_some))
+    if share.number == 1: return rows
+    found = torch.zeros(len(rows), len(tasks), device=tasks.device)
+    found[:, own] = torch.stack([row.per_task for row in rows])
+    summed([found], share)
+    return [replace(row, per_task=per_task) for row, per_task in zip(rows, found.cpu())]
 
 
 def in_order(parts: list[tuple[Int[Tensor, "_"], list[Row]]]) -> list[Row]:
@@ -159,7 +172,7 @@ def table(results: dict) -> str:
         lines.append(f"| {row['method']} | {scale} | {100 * row['accuracy']:.1f} | {100 * low:.1f} – {100 * high:.1f} |")
     return "\n".join(lines)
 
-# %% ../nbs/41_evaluate.ipynb #65eaddc6
+# %% ../nbs/41_evaluate.ipynb #d1b517b4
 def read_results(folder: str | Path) -> dict:
     "`results.json` of a finished run. Raises `ArtifactError` if there is none or it is not one."
     path = Path(folder) / "results.json"

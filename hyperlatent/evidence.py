@@ -6,7 +6,7 @@
 __all__ = ['Scorer', 'nonsense', 'masked_scene_question', 'control_questions', 'control_rows', 'wording_row', 'words_of',
            'compositional_distance', 'breakdown', 'question_ranks', 'inference_rows']
 
-# %% ../nbs/41_evidence.ipynb #f467fef8
+# %% ../nbs/41_evidence.ipynb #cf009ba1
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,7 @@ from .errors import HyperLatentError
 from .evaluate import Models, Row, bootstrap_interval, derangement
 from .settings import Config
 from .tasks import TaskBatch, TaskSet
+from .tensor_tasks import over_tasks
 
 Scorer = Callable[[TaskBatch], Float[Tensor, "task"]]
 
@@ -107,7 +108,7 @@ def breakdown(row: Row, groups: Sequence, resamples: int = 2000) -> dict:
         found[group] = dict(tasks=len(values), accuracy=values.mean().item(), ci95=list(bootstrap_interval(values, resamples)))
     return found
 
-# %% ../nbs/41_evidence.ipynb #404a4bfb
+# %% ../nbs/41_evidence.ipynb #b5111e04
 def question_ranks(
     models: Models,
     tasks: TaskSet,
@@ -115,12 +116,14 @@ def question_ranks(
 ) -> Int[Tensor, "task"]:
     "How many of the tasks' questions HyperCLIP finds more similar to a task's fitted network than the right one: 0 is a hit."
     questions = F.normalize(tasks.batch(num_support=1, num_query=1, generator=torch.Generator()).question_features, dim=1)
-    ranks = torch.empty(len(tasks), dtype=torch.long, device=questions.device)
-    for at, batch in tasks.batches(models.base.max_tasks):
+    def ranks_of_some(at: Tensor, batch: TaskBatch) -> Tensor:
         fitted = adapt(models.hnet, models.base, batch, **vars(config.evaluate.few_shot))
         with torch.no_grad(): similarity = models.hyperclip(models.hnet(fitted)) @ questions.T
         own = similarity.gather(1, at.to(similarity.device)[:, None])
-        ranks[at] = (similarity > own).sum(1)
+        return (similarity > own).sum(1)
+
+    ranks = torch.empty(len(tasks), dtype=torch.long, device=questions.device)
+    for at, found in over_tasks(tasks, models.base.max_tasks, ranks_of_some): ranks[at] = found
     return ranks
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Latents', 'fit_latents', 'few_shot_rows', 'from_start', 'from_question', 'inside_diffusion']
 
-# %% ../nbs/41_few_shot.ipynb #c7634268
+# %% ../nbs/41_few_shot.ipynb #2dcecaf8
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ from .few_shot_guidance import FewShotGuidance
 from .methods import sampled_latents
 from .settings import Config
 from .tasks import TaskBatch, TaskSet
+from .tensor_tasks import over_tasks
 
 Latents = Float[Tensor, "sample task latent"]
 
@@ -35,7 +36,7 @@ def fit_latents(
     options = vars(settings.inner) | {"prior_weight": settings.prior_weight / examples}
     return adapt(models.hnet, models.base, repeated, start=start.flatten(0, 1), **options).view_as(start)
 
-# %% ../nbs/41_few_shot.ipynb #aeb8472d
+# %% ../nbs/41_few_shot.ipynb #1d45793f
 def few_shot_rows(
     models: Models,
     tasks: TaskSet,
@@ -58,11 +59,11 @@ def few_shot_rows(
 
 def _rows_of(models, tasks, config, n, options) -> list[Row]:
     "The rows for one choice of examples."
-    size = max(1, models.base.max_tasks // config.hyperldm.num_samples)
+    size = models.base.max_tasks // config.hyperldm.num_samples
     make = lambda batch: [Row(f"{name}_{n}_shot", scale, models.score_latents(latents(models, batch, config), batch))
                           for name, scale, latents in _methods(config) if n != "0" or name != "hyperldm_support"]
     fit = lambda batch: make(_without_support(batch) if n == "0" else batch)
-    return in_order([(at, fit(batch)) for at, batch in tasks.batches(size, **options)])
+    return in_order(over_tasks(tasks, size, lambda _, batch: fit(batch), **options))
 
 
 def _without_support(batch: TaskBatch) -> TaskBatch:

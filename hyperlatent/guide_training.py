@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['walk', 'train_hyperclip', 'sample', 'train_hyperldm', 'blurred']
 
-# %% ../nbs/35_guide_training.ipynb #649dd433
+# %% ../nbs/35_guide_training.ipynb #a3e69ab1
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from .base import BaseNetwork
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .hyperclip import HyperCLIP, info_nce
 from .hyperldm import Denoiser, diffusion_loss
+from .memory import chunked
+from .processes import Share, mean_score
 from .settings import HyperCLIPConfig, HyperLDMConfig
 from .tasks import TaskBatch
 from .training import FitResult, fit
 from .zoo import Zoo
 
-# %% ../nbs/35_guide_training.ipynb #f2ecc68f
+# %% ../nbs/35_guide_training.ipynb #8c48109f
 def walk(guide: ClassifierGuidance, questions: Tensor, config: HyperCLIPConfig, **options):
     "The guided walk from the generator's start with the settings of `config`, as a `Trajectory`."
     settings = dict(num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
@@ -44,29 +47,40 @@ def train_hyperclip(
     "Train the weight encoder (section 3.2)."
     lots = torch.Generator().manual_seed(seed)
     model = HyperCLIP(base.n_weights, zoo.phrases.shape[1], config.hidden, generator=lots).to(zoo.latents.device)
-    start, enough = generator_network.z0.detach(), min(1024, 4 * base.max_tasks)
-    with torch.no_grad(): model.fit_statistics(generator_network(zoo.draw(enough, lots)[0]))
+    start = generator_network.z0.detach()
+    _fit_statistics(model, generator_network, zoo.draw(1024, lots)[0], base.max_tasks)
 
-    def loss(model: HyperCLIP, generator: torch.Generator) -> Tensor:
+    def loss(model: HyperCLIP, generator: torch.Generator, share: Share) -> Tensor:
         z, questions, _ = zoo.draw(config.fit.batch_size, generator, distinct=True)
         way = torch.rand(len(z), 1, generator=generator).to(z)
         z = start + way * (z - start) + config.latent_noise * torch.randn(z.shape, generator=generator).to(z)
-        with torch.no_grad(): weights = generator_network(z)
-        return info_nce(model, weights, questions)
+        with torch.no_grad(): weights = generator_network(share(z))
+        return info_nce(model, weights, questions, share=share)
 
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         lots = torch.Generator().manual_seed(0)
         z = walk(ClassifierGuidance(model, generator_network), batch.question_features, config, generator=lots).final
         return base.ensemble_accuracy(generator_network(z), batch.query, batch)
 
-    return model, fit(model, loss, config.fit, validate=_mean_score(score, validation), seed=seed, description="HyperCLIP", **options)
+    validate = _mean_score(score, validation, base.max_tasks // config.num_samples)
+    return model, fit(model, loss, config.fit, validate=validate, seed=seed, description="HyperCLIP", **options)
 
 
-def _mean_score(score, batches: Sequence[TaskBatch]):
+@torch.no_grad()
+def _fit_statistics(model: HyperCLIP, generator_network: nn.Module, z: Tensor, size: int) -> None:
+    "`fit_statistics` of the weights that latents stand for, of which memory holds some at a time."
+    if len(z) <= size: model.fit_statistics(generator_network(z))
+    else:
+        add = lambda f: sum(chunked(lambda a, b: f(generator_network(z[a:b])).sum(0), len(z), size), torch.zeros(()))
+        mean = add(lambda weights: weights) / len(z)
+        model.standardize_by(mean, (add(lambda weights: (weights - mean).square()) / (len(z) - 1)).sqrt())
+
+
+def _mean_score(score, batches: Sequence[TaskBatch], size: int):
     "A validation for `fit`: the mean over all tasks of `score(model, batch)`; None if there is nothing to validate on."
-    return (lambda model: torch.cat([score(model, batch) for batch in batches]).mean().item()) if batches else None
+    return (lambda model, share: mean_score(partial(score, model), batches, share, max(1, size))) if batches else None
 
-# %% ../nbs/35_guide_training.ipynb #86269dcb
+# %% ../nbs/35_guide_training.ipynb #7f97910e
 def sample(guide: ClassifierFreeGuidance, questions: Tensor, config: HyperLDMConfig, **options):
     "Guided samples with the settings of `config`, unless an option says otherwise, as a `Trajectory`."
     settings: dict[str, Any] = dict(guidance_scale=config.guidance_scale, num_samples=config.num_samples,
@@ -93,17 +107,18 @@ def train_hyperldm(
     model.fit_statistics(zoo.flat, zoo.phrases)
     scheduler = model.make_scheduler("ddpm")
 
-    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+    def loss(model: nn.Module, generator: torch.Generator, share: Share) -> Tensor:
         z, questions, _ = zoo.draw(config.fit.batch_size, generator)
         questions = blurred(questions, config.question_noise, generator)
-        return diffusion_loss(model, z, questions, scheduler, drop=config.condition_dropout, generator=generator)
+        return diffusion_loss(model, z, questions, scheduler, drop=config.condition_dropout, generator=generator, share=share)
 
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         guide = ClassifierFreeGuidance(model, config.scheduler)
         z = sample(guide, batch.question_features, config, generator=torch.Generator().manual_seed(0))
         return base.ensemble_accuracy(generator_network(z.final), batch.query, batch)
 
-    return model, fit(model, loss, config.fit, validate=_mean_score(score, validation), seed=seed, description="HyperLDM", **options)
+    validate = _mean_score(score, validation, base.max_tasks // config.num_samples)
+    return model, fit(model, loss, config.fit, validate=validate, seed=seed, description="HyperLDM", **options)
 
 
 def blurred(questions: Tensor, noise: float, generator: torch.Generator) -> Tensor:

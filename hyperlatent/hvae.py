@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['HVAE', 'kl_divergence', 'hvae_loss', 'train_hvae', 'task_loss', 'reconstruction', 'encode_zoo']
 
-# %% ../nbs/25_hvae.ipynb #6c45099b
+# %% ../nbs/25_hvae.ipynb #5eeea587
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 
 from .adapt import DirectWeights
 from .base import BaseNetwork
+from .processes import ALONE, Share
 from .settings import HVAEConfig
-from .tasks import TaskBatch
+from .tasks import Samples, TaskBatch
 from .tensor_tasks import TaskSource
 from .training import FitResult, fit
 from .zoo import Zoo, build_zoo
 
-# %% ../nbs/25_hvae.ipynb #76ed7071
+# %% ../nbs/25_hvae.ipynb #61f4e225
 class HVAE(nn.Module):
     """A variational autoencoder of flat weight vectors whose decoder is a generator: latent -> weights (section 3.1).
 
@@ -68,19 +68,6 @@ class HVAE(nn.Module):
         "Standardised weights."
         return self.decoder(z)
 
-    def trunk(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch unit"]:
-        "The decoder's last hidden layer, of which the weights are a linear function: `readout`."
-        return self.decoder[:-1](z)
-
-    @property
-    def readout(self) -> nn.Linear:
-        "The decoder's last layer and the inverse of the standardisation as one linear layer."
-        last: Any = self.decoder[-1]
-        layer = nn.utils.skip_init(nn.Linear, last.in_features, last.out_features, device=last.weight.device)
-        layer.weight = nn.Parameter(self.weight_std[:, None] * last.weight.detach(), requires_grad=False)
-        layer.bias = nn.Parameter(torch.addcmul(self.weight_mean, last.bias.detach(), self.weight_std), requires_grad=False)
-        return layer
-
     def forward(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch weight"]:
         "The weights h(z)."
         return torch.addcmul(self.weight_mean, self.decode(z), self.weight_std)
@@ -96,7 +83,7 @@ def _layers(widths: Sequence[int], generator: torch.Generator | None) -> nn.Sequ
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/25_hvae.ipynb #52f5451a
+# %% ../nbs/25_hvae.ipynb #4050106b
 def kl_divergence(
     mean: Float[Tensor, "*batch latent"],
     log_variance: Float[Tensor, "*batch latent"],
@@ -110,16 +97,20 @@ def hvae_loss(
     weights: Float[Tensor, "n weight"],  # fine-tuned networks
     kl_weight: float,  # beta; 1 is the evidence lower bound
     generator: torch.Generator,  # draws the latents
+    *,
+    share: Share = ALONE,  # of several processes: `weights` are its rows
+    total: int | None = None,  # rows of all of them
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n weight"]]:
     "The negative evidence lower bound per weight, and the reconstructed networks."
     mean, log_variance = model.encode(weights)
-    noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
+    total = total or len(weights)
+    noise = share(torch.randn(total, mean.shape[1], generator=generator, device=generator.device)).to(mean)
     again = model.decode(mean + (0.5 * log_variance).exp() * noise)
     error = 0.5 * (again - model.standardize(weights)).square().sum(-1)
     loss = (error + kl_weight * kl_divergence(mean, log_variance).sum(-1)) / model.n_weights
-    return loss.mean(), torch.addcmul(model.weight_mean, again, model.weight_std)
+    return share.mean(loss, total), torch.addcmul(model.weight_mean, again, model.weight_std)
 
-# %% ../nbs/25_hvae.ipynb #4a6b936f
+# %% ../nbs/25_hvae.ipynb #2c85b1a7
 def train_hvae(
     mnet: DirectWeights,  # where fine-tuning starts
     base: BaseNetwork,
@@ -131,17 +122,19 @@ def train_hvae(
     **options,  # of `fit`
 ) -> tuple[HVAE, FitResult, Zoo]:
     "Fine-tune networks for every task and train the autoencoder on them; also the zoo of their latents (see `encode_zoo`)."
-    progress = options.get("progress", True)
-    networks = build_zoo(mnet, base, tasks, config.networks, seed=seed, progress=progress)
-    held_out = [*build_zoo(mnet, base, validation, replace(config.networks, runs=1), seed=seed, progress=progress).latents
+    accelerator = options.get("accelerator")
+    common = dict(seed=seed, progress=options.get("progress", True), share=Share.of(accelerator) if accelerator else ALONE)
+    networks = build_zoo(mnet, base, tasks, config.networks, **common)
+    held_out = [*build_zoo(mnet, base, validation, replace(config.networks, runs=1), **common | {"share": ALONE}).latents
                 ] if len(validation) else []
     model = HVAE(base.n_weights, config.latent_dim, config.hidden, config.log_variance_offset,
                  generator=torch.Generator().manual_seed(seed)).to(mnet.z0.device).fit_statistics(networks.flat)
 
-    def loss(model: HVAE, generator: torch.Generator) -> Tensor:
+    def loss(model: HVAE, generator: torch.Generator, share: Share) -> Tensor:
         weights, _, task = networks.draw(config.fit.batch_size, generator)
-        value, again = hvae_loss(model, weights, config.kl_weight, generator)
-        return value + config.task_weight * task_loss(again, base, tasks, task, config, generator) if config.task_weight else value
+        value, again = hvae_loss(model, share(weights), config.kl_weight, generator, share=share, total=len(task))
+        if not config.task_weight: return value
+        return value + config.task_weight * task_loss(again, base, tasks, task, config, generator, share)
 
     score = lambda model: reconstruction(model, base, validation.batch(), held_out[0])["accuracy"]
     result = fit(model, loss, config.fit, validate=score if held_out else None, seed=seed, description="HVAE", **options)
@@ -150,10 +143,12 @@ def train_hvae(
 
 
 def task_loss(weights: Tensor, base: BaseNetwork, tasks: TaskSource, task: Tensor, config: HVAEConfig,
-              generator: torch.Generator) -> Tensor:
-    "Loss of networks on random samples of their tasks."
-    batch = tasks.batch(task, num_support=1, num_query=1, generator=generator)
-    return base.loss(weights, tasks.samples_batch(task, config.samples_per_task, generator), batch).mean()
+              generator: torch.Generator, share: Share = ALONE) -> Tensor:
+    "Loss of networks on random samples of their tasks; `weights` are those of a process's share of the tasks."
+    batch = tasks.batch(share(task), num_support=1, num_query=1, generator=generator)
+    # a task may stand there twice, with other samples each time: they are drawn for all, and then shared
+    samples = Samples(*map(share, tasks.samples_batch(task, config.samples_per_task, generator)))
+    return share.mean(base.loss(weights, samples, batch), len(task))
 
 # %% ../nbs/25_hvae.ipynb #e64a2725
 @torch.no_grad()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HyperCLIP', 'info_nce']
 
-# %% ../nbs/30_hyperclip.ipynb #8f49e91d
+# %% ../nbs/30_hyperclip.ipynb #84b9516d
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-# %% ../nbs/30_hyperclip.ipynb #103364e0
+from .processes import ALONE, Share, gathered
+
+# %% ../nbs/30_hyperclip.ipynb #8f5a0cff
 class HyperCLIP(nn.Module):
     "Weight encoder: flat weight vectors to unit vectors in the question space (arXiv 2210.08942)."
     def __init__(self,
@@ -43,8 +45,11 @@ class HyperCLIP(nn.Module):
 
     def fit_statistics(self, weights: Float[Tensor, "n weight"]) -> "HyperCLIP":
         "Standardise by the mean and deviation of these (training) weights. Constant weights are only centred."
-        std = weights.std(0)
-        self.weight_mean.copy_(weights.mean(0))
+        return self.standardize_by(weights.mean(0), weights.std(0))
+
+    def standardize_by(self, mean: Float[Tensor, "weight"], std: Float[Tensor, "weight"]) -> "HyperCLIP":
+        "Standardise by a mean and a deviation."
+        self.weight_mean.copy_(mean)
         self.weight_std.copy_(torch.where(std > 1e-8, std, 1.0))
         return self
 
@@ -75,17 +80,20 @@ class HyperCLIP(nn.Module):
         if last.bias is not None: bias = bias + scaled @ last.bias
         return lambda z: F.normalize(self.layers[1:](F.linear(generator_network.trunk(z), matrix, bias)), dim=-1)
 
-# %% ../nbs/30_hyperclip.ipynb #d3213a5f
+# %% ../nbs/30_hyperclip.ipynb #851338f0
 def info_nce(
     model: HyperCLIP,  # the weight encoder
-    weights: Float[Tensor, "n weight"],  # one network a row
+    weights: Float[Tensor, "own weight"],  # one network a row
     question: Float[Tensor, "n question"],  # the question each network was fitted to
     same: Bool[Tensor, "n n"] | None = None,  # True where networks i and j belong to the same task
+    share: Share = ALONE,  # of several processes: `weights` are its rows, `question` and `same` those of all
 ) -> Float[Tensor, ""]:
-    "Symmetric InfoNCE of weights against questions, in nats (van den Oord et al. 2018; CLIP, arXiv 2103.00020)."
-    logits = model.logit_scale * model(weights) @ F.normalize(question, dim=-1).T
+    """Symmetric InfoNCE of weights against questions, in nats (van den Oord et al. 2018; CLIP, arXiv 2103.00020).
+
+    With several processes it is divided by their number: they add up to the loss."""
+    logits = model.logit_scale * gathered(model(weights), share, len(question)) @ F.normalize(question, dim=-1).T
     if same is not None:
         other = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
         logits = logits.masked_fill(other, -torch.inf)
     target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / (2 * share.number)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['time_embedding', 'Block', 'Denoiser', 'diffusion_loss']
 
-# %% ../nbs/31_hyperldm.ipynb #3dd6b16d
+# %% ../nbs/31_hyperldm.ipynb #19150c45
 import math
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from .processes import ALONE, Share, whole_dropout
 from .schedulers import make_scheduler
 
 # %% ../nbs/31_hyperldm.ipynb #4f67408f
@@ -135,7 +136,7 @@ class Denoiser(nn.Module):
         same = {key: self.config[key] for key in ("num_train_timesteps", "beta_schedule", "prediction_type")}
         return make_scheduler(name, **same, **options)
 
-# %% ../nbs/31_hyperldm.ipynb #44bda253
+# %% ../nbs/31_hyperldm.ipynb #97dfcf30
 def diffusion_loss(
     denoiser: nn.Module,  # predicts the noise or velocity
     latents: Float[Tensor, "n latent"],  # clean latents, in their own units
@@ -144,6 +145,7 @@ def diffusion_loss(
     drop: float = 0.2,  # probability that a latent's question is withheld, which trains the unconditional model
     generator: torch.Generator | None = None,  # draws timesteps, noise and the withheld questions
     min_snr_gamma: float | None = None,  # cap on a timestep's weight (arXiv 2303.09556); 5 is usual, None: unweighted
+    share: Share = ALONE,  # of several processes, which compute their rows of what is drawn for all
 ) -> Float[Tensor, ""]:
     "Mean squared error of the denoiser at random timesteps (equation 14 of arXiv 2006.11239)."
     n, device = len(latents), latents.device
@@ -151,15 +153,15 @@ def diffusion_loss(
     t = torch.randint(scheduler.config.num_train_timesteps, (n,), **draw).to(device)
     noise = torch.randn(latents.shape, **draw).to(latents)
     withheld = torch.rand(n, 1, **draw).to(device) < drop
-    question = question.masked_fill(withheld, 0.0)
+    t, noise, question = share(t), share(noise), share(question.masked_fill(withheld, 0.0))
 
-    z = denoiser.standardize(latents)
+    z = denoiser.standardize(share(latents))
     abar = scheduler.alphas_cumprod.to(latents)[t, None]  # signal's share of the variance
     noisy = abar.sqrt() * z + (1 - abar).sqrt() * noise
     velocity = scheduler.config.prediction_type == "v_prediction"
     target = abar.sqrt() * noise - (1 - abar).sqrt() * z if velocity else noise
-    error = (denoiser(noisy, t, question) - target).square().mean(-1)
+    with whole_dropout(share, n): error = (denoiser(noisy, t, question) - target).square().mean(-1)
     if min_snr_gamma is not None:
         snr = (abar / (1 - abar)).squeeze(-1)
         error = error * snr.clamp(max=min_snr_gamma) / (snr + 1 if velocity else snr)
-    return error.mean()
+    return share.mean(error, n)

@@ -6,7 +6,7 @@
 __all__ = ['accuracy', 'prior_accuracy', 'validation_batches', 'train_mnet', 'multitask_loss', 'initial_weights', 'TaskLatents',
            'draw_tasks', 'auto_decoder_loss', 'maml_loss', 'train_hnet']
 
-# %% ../nbs/23_meta.ipynb #1b5bf47c
+# %% ../nbs/23_meta.ipynb #e5069a5e
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,33 +15,34 @@ from torch import Tensor, nn
 from .adapt import DirectWeights, adapt
 from .base import BaseNetwork
 from .hypernet import HNet
+from .processes import ALONE, Share, mean_score
 from .settings import AdaptConfig, GeneratorConfig, MultitaskConfig
 from .tasks import TaskBatch
-from .tensor_tasks import TaskSource
+from .tensor_tasks import TaskBatches, TaskSource
 from .training import FitResult, fit
 
-# %% ../nbs/23_meta.ipynb #1041aac8
-def accuracy(generator: nn.Module, base: BaseNetwork, batches: Sequence[TaskBatch], inner: AdaptConfig | None = None) -> float:
+# %% ../nbs/23_meta.ipynb #4707ea5d
+def accuracy(generator: nn.Module, base: BaseNetwork, batches: Sequence[TaskBatch], inner: AdaptConfig | None = None,
+             share: Share = ALONE) -> float:
     "Mean over the tasks of all batches of the query accuracy at the start `z0`, or adapted from there to the support samples."
     def scores(batch: TaskBatch) -> Tensor:
         z = adapt(generator, base, batch, **vars(inner)) if inner else generator.z0.expand(len(batch), -1)
         return base.accuracy(generator(z), batch.query, batch)
 
-    with torch.no_grad(): return torch.cat([scores(batch) for batch in batches]).mean().item()
+    with torch.no_grad(): return mean_score(scores, batches, share)
 
 
-def prior_accuracy(generator: HNet, base: BaseNetwork, batches: Sequence[TaskBatch]) -> float:
+def prior_accuracy(generator: HNet, base: BaseNetwork, batches: Sequence[TaskBatch], share: Share = ALONE) -> float:
     "Mean over the tasks of all batches of the query accuracy at the prior of the question: zero-shot, without a guide."
-    with torch.no_grad():
-        scores = [base.accuracy(generator(generator.prior(batch.question_features)), batch.query, batch) for batch in batches]
-    return torch.cat(scores).mean().item()
+    scores = lambda batch: base.accuracy(generator(generator.prior(batch.question_features)), batch.query, batch)
+    with torch.no_grad(): return mean_score(scores, batches, share)
 
 
-def validation_batches(base: BaseNetwork, tasks: TaskSource) -> list[TaskBatch]:
+def validation_batches(base: BaseNetwork, tasks: TaskSource) -> Sequence[TaskBatch]:
     "All tasks, in batches that memory bears; none if there is no task, and then nothing is validated."
-    return [batch for _, batch in tasks.batches(base.max_tasks)]
+    return TaskBatches(tasks, base.max_tasks)
 
-# %% ../nbs/23_meta.ipynb #eeff7ba3
+# %% ../nbs/23_meta.ipynb #72ea70ce
 def train_mnet(
     base: BaseNetwork,
     tasks: TaskSource,  # meta-train
@@ -55,26 +56,27 @@ def train_mnet(
     mnet = DirectWeights(initial_weights(base, config.scale, torch.Generator().manual_seed(seed)))
     held_out, one_for_all = validation_batches(base, validation), config.method == "multitask"
     loss: Callable[..., Tensor] = multitask_loss if one_for_all else maml_loss
-    score = lambda model: accuracy(model, base, held_out, None if one_for_all else config.inner)
-    result = fit(mnet, lambda model, generator: loss(model, base, tasks, config, generator), config.fit,
+    score = lambda model, share: accuracy(model, base, held_out, None if one_for_all else config.inner, share)
+    result = fit(mnet, lambda model, generator, share: loss(model, base, tasks, config, generator, share=share), config.fit,
                  validate=score if held_out else None, seed=seed, description=f"{config.method} weights", **options)
     return mnet, result
 
 
 def multitask_loss(model: DirectWeights, base: BaseNetwork, tasks: TaskSource, config: MultitaskConfig,
-                   generator: torch.Generator) -> Tensor:
+                   generator: torch.Generator, *, share: Share = ALONE) -> Tensor:
     "Loss of the same weights on samples of random tasks."
     chosen = torch.randperm(len(tasks), generator=generator)[: config.fit.batch_size]
-    batch = tasks.batch(chosen, num_support=1, num_query=1, generator=generator)
-    samples = tasks.samples_batch(chosen, config.samples_per_task, generator)
-    return base.loss(model.z0.expand(len(batch), -1), samples, batch).mean()
+    own = share(chosen)
+    batch = tasks.batch(own, num_support=1, num_query=1, generator=generator)
+    samples = tasks.samples_batch(own, config.samples_per_task, generator)
+    return share.mean(base.loss(model.z0.expand(len(batch), -1), samples, batch), len(chosen))
 
 
 def initial_weights(base: BaseNetwork, scale: float, generator: torch.Generator) -> Tensor:
     "Random weights that act as little as `scale` says: with 0 the adapter starts as CLIP's zero-shot classifier."
     return base.init(1, generator, scale)[0]
 
-# %% ../nbs/23_meta.ipynb #c4c45fe6
+# %% ../nbs/23_meta.ipynb #912cbd49
 class TaskLatents(nn.Module):
     "A hypernetwork with one learnt latent per training task: its prior (`z0`, or the question's) plus an offset."
 
@@ -89,11 +91,12 @@ class TaskLatents(nn.Module):
         "The tasks' offsets from their priors, (task, latent)."
         return self.rate * self.stored
 
-    def sample(self, tasks: Tensor, questions: Tensor, noise: float, start_share: float, generator: torch.Generator) -> Tensor:
-        "Noisy latents of some tasks; a share of them at the start itself."
-        z = self.hnet.prior(questions) - self.hnet.z0 + self.offsets[tasks]
-        z = z + noise * torch.randn(z.shape, generator=generator).to(z)
-        keep = torch.rand(len(tasks), 1, generator=generator) >= start_share
+    def sample(self, tasks: Tensor, questions: Tensor, noise: float, start_share: float, generator: torch.Generator,
+               share: Share = ALONE) -> Tensor:
+        "Noisy latents of a process's share of some tasks (`questions` are theirs); some of them at the start itself."
+        z = self.hnet.prior(questions) - self.hnet.z0 + self.offsets[share(tasks)]
+        z = z + noise * share(torch.randn(len(tasks), z.shape[1], generator=generator)).to(z)
+        keep = share(torch.rand(len(tasks), 1, generator=generator) >= start_share)
         return self.hnet.z0 + keep.to(z.device) * z
 
 # %% ../nbs/23_meta.ipynb #77c79764
@@ -111,32 +114,32 @@ def draw_tasks(
     first = torch.randperm(labelled, generator=generator)[: wanted - extra]
     return torch.cat([first, labelled + torch.randperm(num_unconditional, generator=generator)[:extra]])
 
-# %% ../nbs/23_meta.ipynb #49a5a812
+# %% ../nbs/23_meta.ipynb #b679ce45
 def auto_decoder_loss(model: TaskLatents, base: BaseNetwork, tasks: TaskSource, config: GeneratorConfig,
-                      generator: torch.Generator, num_unconditional: int = 0) -> Tensor:
+                      generator: torch.Generator, num_unconditional: int = 0, *, share: Share = ALONE) -> Tensor:
     "Loss of noisy task latents on samples of their tasks, plus the offsets' penalty."
     chosen = draw_tasks(len(tasks), config, generator, num_unconditional)
-    phrase = "random" if config.method == "joint" else 0
-    batch = tasks.batch(chosen, num_support=1, num_query=1, phrase=phrase, generator=generator)
-    samples = tasks.samples_batch(chosen, config.samples_per_task, generator)
-    z = model.sample(chosen, batch.question_features, config.latent_noise, config.start_share, generator)
-    penalty = config.offset_penalty * model.offsets[chosen].square().sum(1)
-    return (base.loss(model.hnet(z), samples, batch) + penalty).mean()
+    own, phrase = share(chosen), "random" if config.method == "joint" else 0
+    batch = tasks.batch(own, num_support=1, num_query=1, phrase=phrase, generator=generator)
+    samples = tasks.samples_batch(own, config.samples_per_task, generator)
+    z = model.sample(chosen, batch.question_features, config.latent_noise, config.start_share, generator, share)
+    penalty = config.offset_penalty * model.offsets[own].square().sum(1)
+    return share.mean(base.loss(model.hnet(z), samples, batch) + penalty, len(chosen))
 
 
 def maml_loss(model: nn.Module, base: BaseNetwork, tasks: TaskSource, config: GeneratorConfig | MultitaskConfig,
-              generator: torch.Generator, num_unconditional: int = 0) -> Tensor:
+              generator: torch.Generator, num_unconditional: int = 0, *, share: Share = ALONE) -> Tensor:
     "Query loss of a generator after adaptation to the support samples; its gradient is that of (first-order) MAML."
     chosen = draw_tasks(len(tasks), config, generator, num_unconditional)
-    batch = tasks.batch(chosen, num_support=config.samples_per_task, generator=generator)
+    batch = tasks.batch(share(chosen), num_support=config.samples_per_task, generator=generator)
     start = model.z0.expand(len(batch), -1)
     steps = 0 if config.method == "multitask" else config.inner.steps
     z = adapt(model, base, batch, **{**vars(config.inner), "steps": steps}, start=start, create_graph=config.method == "maml")
     # first order: the adapted latent moves with the start, as if the inner steps did not depend on it
     if config.method != "maml": z = start + (z - start).detach()
-    return base.loss(model(z), batch.query, batch).mean()
+    return share.mean(base.loss(model(z), batch.query, batch), len(chosen))
 
-# %% ../nbs/23_meta.ipynb #88be9deb
+# %% ../nbs/23_meta.ipynb #48289e6d
 def train_hnet(
     base: BaseNetwork,
     tasks: TaskSource,  # meta-train
@@ -154,7 +157,7 @@ def train_hnet(
     lots = torch.Generator().manual_seed(seed)
     with_latents, joint = config.method in ("auto_decoder", "joint"), config.method == "joint"
     question_dim = tasks.question_phrases()[0].shape[1] if joint else 0
-    hnet = HNet(base.n_weights, config.latent_dim, config.hidden, config.output_scale, lots, question_dim, config.dropout)
+    hnet = HNet(base.n_weights, config.latent_dim, config.hidden, config.output_scale, lots, question_dim)
     if joint:
         with torch.no_grad(): hnet.layers[-1].bias.copy_(initial_weights(base, 0.1, lots))
     model: nn.Module = hnet
@@ -163,8 +166,8 @@ def train_hnet(
         model, loss = TaskLatents(hnet, len(tasks), config.offset_rate, lots), auto_decoder_loss
     held_out = validation_batches(base, validation)
     network = lambda model: model.hnet if with_latents else model
-    score = lambda model: (prior_accuracy(network(model), base, held_out) if joint
-                           else accuracy(network(model), base, held_out, config.inner))
-    result = fit(model, lambda model, generator: loss(model, base, tasks, config, generator, num_unconditional), config.fit,
-                 validate=score if held_out else None, seed=seed, description="hypernetwork", **options)
+    score = lambda model, share: (prior_accuracy(network(model), base, held_out, share) if joint
+                                  else accuracy(network(model), base, held_out, config.inner, share))
+    learn = lambda model, generator, share: loss(model, base, tasks, config, generator, num_unconditional, share=share)
+    result = fit(model, learn, config.fit, validate=score if held_out else None, seed=seed, description="hypernetwork", **options)
     return network(model), result

@@ -65,7 +65,7 @@ class ClipTrainingConfig:
     fit: FitConfig = FitConfig(steps=6500, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98),
                                validate_every=650, checkpoint_every=325)
 
-# %% ../nbs/02_settings.ipynb #ab32a0c7
+# %% ../nbs/02_settings.ipynb #cbe86101
 @dataclass(frozen=True)
 class MultitaskConfig:
     "MNet: one weight vector for all tasks."
@@ -82,7 +82,6 @@ class GeneratorConfig:
     latent_dim: int = 128
     hidden: tuple[int, ...] = (128, 128, 128)
     output_scale: float = 1.0  # standard deviation of the weights generated at first
-    dropout: float = 0.0  # of the hidden layers, in training
     method: Literal["auto_decoder", "joint", "fomaml", "maml", "multitask"] = "fomaml"
     samples_per_task: int = 50  # per step; at most this many of a task's samples
     unconditional_share: float = 0.5  # of the tasks of a step, where the task set has tasks without a language description
@@ -180,13 +179,14 @@ class FewShotConfig:
     prior_weight: float = 0.0  # of half the squared distance to the start, divided by n: the fewer examples, the closer
     support_scale: float = 0.1  # of the support loss's gradient in the diffusion, against the noise prediction's norm
 
-# %% ../nbs/02_settings.ipynb #d3e56bd7
+# %% ../nbs/02_settings.ipynb #054b6ffe
 @dataclass(frozen=True)
 class Config:
     "Everything that can be set for one run of the chain."
     seed: int = 0  # of all training and sampling
     device: str | None = None  # "cuda", "cpu", ...; None takes what accelerate finds
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    max_memory: str | None = None  # such as "8GB": what a process may take; how many tasks are computed at once is chosen by it
     tasks: str | None = None  # folder of a saved task set, see "hyperlatent prepare"; None draws Meta-Scenes as "data" says
     data: ScenesConfig = ScenesConfig()
     base: BaseConfig = BaseConfig()

@@ -7,12 +7,12 @@ __all__ = ['RESULTS', 'SETTINGS', 'FIGURES', 'Chain', 'Made', 'remove_checkpoint
            'load_multitask', 'load_zoo', 'train', 'load_models', 'evaluate', 'opened', 'make_accelerator', 'run',
            'finish', 'draw_trajectories']
 
-# %% ../nbs/42_stages.ipynb #d4457d3f
+# %% ../nbs/42_stages.ipynb #ed215a82
 import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,15 +34,17 @@ from .guide_training import sample, train_hyperclip, train_hyperldm, walk
 from .hyperclip import HyperCLIP
 from .hyperldm import Denoiser
 from .hypernet import HNet
+from .memory import bytes_of, chunk_memory
 from .meta import train_hnet, train_mnet, validation_batches
 from .plugins import load_plugin, plugins
+from .processes import ALONE, Share, agreed, see, wait
 from .settings import Config
 from .tasks import TaskSet
 from .tracking import start_trackers, tracker_options
 from .training import FitResult, Network
 from .zoo import Zoo, build_zoo, zoo_health
 
-# %% ../nbs/42_stages.ipynb #07692168
+# %% ../nbs/42_stages.ipynb #9733c5e3
 RESULTS, SETTINGS, FIGURES = "results.json", "config.json", ("guidance_scale.png", "trajectories.png")
 
 
@@ -66,19 +68,33 @@ class Chain:
         "Reuse, resume or run one stage. Raises `ArtifactError` if its folder is damaged."
         folder, checkpoints, settings = self.out / name, self.out / ".checkpoints", to_dict(self.config)
         settings = {key: settings[key] for key in ("seed", "mixed_precision", *sections)}
-        if artifact_is_current(folder, name, settings, inputs):
-            remove_checkpoints(checkpoints, name)  # of a run that was stopped just after the stage was complete
-            self.say(f"{name:<12} reused")
-            return load_artifact(folder, name)
         start, checkpoint = time.perf_counter(), checkpoints / f"{name}-{fingerprint([settings, inputs])[:16]}.safetensors"
-        made = make(checkpoint)
-        self.out.mkdir(parents=True, exist_ok=True)
-        remove_stale(folder, age=0.0)  # of runs that were killed while writing: nobody else writes here now
-        artifact = save_artifact(folder, name, made.tensors, config=settings, inputs=inputs, metrics=made.metrics,
-                                 documents=made.documents)
-        remove_checkpoints(checkpoints, name)
-        self.say(f"{name:<12} {time.perf_counter() - start:6.1f} s   {made.remark}")
+        # the main process decides for all; what it raises ends the others too
+        current = agreed(self.share.main and artifact_is_current(folder, name, settings, inputs), self.share)
+        made = None if current else make(checkpoint)
+        if made and self.share.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            remove_stale(folder, age=0.0)  # of runs that were killed while writing: nobody else writes here now
+            save_artifact(folder, name, made.tensors, config=settings, inputs=inputs, metrics=made.metrics, documents=made.documents)
+        if self.share.main: remove_checkpoints(checkpoints, name)  # also of a run that was stopped just after the stage was complete
+        remark = f"{time.perf_counter() - start:6.1f} s   {made.remark}" if made else "reused"
+        del made
+        wait(self.share)
+        see(folder / "artifact.json", self.share)
+        artifact = load_artifact(folder, name)  # mapped into memory, not read: what was made need not be held any longer
+        self.say(f"{name:<12} {remark}")
         return artifact
+
+    @property
+    def share(self) -> Share:
+        "Of several processes, this one."
+        return Share.of(self.accelerator) if self.accelerator else ALONE
+
+    def base(self, architecture: dict[str, Any]) -> CLIPAdapter:
+        "The base network; how much of it is computed at once is chosen by the configuration's `max_memory`."
+        base = CLIPAdapter(**architecture)
+        base.memory = chunk_memory(self.config.max_memory, self.accelerator.device if self.accelerator else "cpu")
+        return base
 
 
 @dataclass
@@ -95,7 +111,7 @@ def remove_checkpoints(folder: Path, name: str) -> None:
     for path in [*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*")]: path.unlink()
     if folder.exists() and not any(folder.iterdir()): folder.rmdir()
 
-# %% ../nbs/42_stages.ipynb #448ea1f9
+# %% ../nbs/42_stages.ipynb #48c9e4d8
 def load_tasks(
     config: Config,  # its `tasks` names a folder or an installed source (see `plugins`), or is None for Meta-Scenes
     *,
@@ -110,7 +126,7 @@ def load_tasks(
             raise TaskError(f"{config.tasks!r} has no {split} task", "Split its questions into meta-train and meta-test")
     return tasks
 
-# %% ../nbs/42_stages.ipynb #61c6216f
+# %% ../nbs/42_stages.ipynb #15bcfa3d
 def made_network(model: nn.Module, result: FitResult, architecture: dict[str, Any]) -> Made:
     "A trained network as the content of a stage."
     remark = f"meta-validation accuracy {result.best_score:.1%} at step {result.best_step} of {result.steps}"
@@ -151,7 +167,7 @@ def load_zoo(artifact: Artifact, device: str | torch.device = "cpu") -> Zoo:
     "The adapted latents of a stage. Raises `ArtifactError` if they are something else."
     with _fitting(artifact, "zoo"): return Zoo(**{name: x.to(device) for name, x in artifact.tensors.items()})
 
-# %% ../nbs/42_stages.ipynb #2d07819a
+# %% ../nbs/42_stages.ipynb #8132e863
 def train(chain: Chain) -> None:
     "All stages of training, in order."
     config, tasks, device = chain.config, chain.tasks, chain.accelerator.device
@@ -161,7 +177,7 @@ def train(chain: Chain) -> None:
                                       accelerator=chain.accelerator, name=checkpoint.name.rpartition("-")[0])  # without fingerprint
 
     adapter = dict(dim=tasks.dim, **vars(config.base))
-    base = CLIPAdapter(**adapter)
+    base = chain.base(adapter)
     chain.stage("multitask", ["base", "multitask"], made_from, lambda checkpoint: made_network(
         *train_mnet(base, meta_train, validation, config.multitask, **options(checkpoint)), adapter))
 
@@ -189,7 +205,7 @@ def train(chain: Chain) -> None:
 
 def _make_zoo(chain, network, base, tasks, checkpoint):
     zoo = build_zoo(network, base, tasks, chain.config.zoo, seed=chain.config.seed, progress=chain.progress,
-                    start=network.prior if network.reader else None)
+                    start=network.prior if network.reader else None, share=chain.share)
     health = zoo_health(zoo, network, base, tasks)
     remark = f"{zoo.latents.shape[0]} x {zoo.latents.shape[1]} latents, training accuracy {health['accuracy']:.1%}"
     return Made(vars(zoo), remark, health)
@@ -212,7 +228,7 @@ def load_models(
                   load_network(HyperCLIP, hyperclip, device), load_network(Denoiser, hyperldm, device),
                   tasks.split("meta-train"))
 
-# %% ../nbs/42_stages.ipynb #201d6585
+# %% ../nbs/42_stages.ipynb #64e9c39e
 def evaluate(chain: Chain, models: Models) -> list[Row]:
     "The zero-shot table on meta-test questions."
     names = ("multitask", "hnet", "zoo", "hyperclip", "hyperldm")
@@ -224,14 +240,19 @@ def evaluate(chain: Chain, models: Models) -> list[Row]:
     return [Row(**row, per_task=per_task) for row, per_task in rows]
 
 
+def _architecture(base: Any) -> dict[str, Any]:
+    return dict(dim=base.dim, hidden=base.hidden, logit_scale=base.logit_scale)
+
+
 def _make_rows(chain, models):
-    rows = zero_shot_rows(models, chain.tasks.split("meta-test"), chain.config)
+    rows = zero_shot_rows(replace(models, base=chain.base(_architecture(models.base))), chain.tasks.split("meta-test"), chain.config,
+                          chain.share)
     best = max((row for row in rows if row.method == "hyperldm"), key=lambda row: row.accuracy)
     remark = f"best HyperLDM: {best.accuracy:.1%} at guidance scale {best.guidance_scale:g}"
     return Made({"per_task": torch.stack([row.per_task.cpu() for row in rows])}, remark,
                 documents={"rows": [dict(method=row.method, guidance_scale=row.guidance_scale) for row in rows]})
 
-# %% ../nbs/42_stages.ipynb #8bd6a298
+# %% ../nbs/42_stages.ipynb #eebb06d2
 @contextmanager
 def opened(
     out: str | Path,
@@ -242,18 +263,25 @@ def opened(
     trackers: Sequence[str] = (),  # "tensorboard", "wandb", ...: curves into the folder's logs/
 ) -> Iterator[Chain]:
     "A chain whose folder is ours and can be written to, with its tasks. Raises `ArtifactError`."
-    out = Path(os.path.realpath(out))
-    with locked(out, wait=False):
-        if config.tasks: config = replace(config, tasks=os.path.abspath(config.tasks))  # to be found from any other folder
-        _claim(out, config)
-        accelerator = make_accelerator(config, **tracker_options(trackers, out / "logs"))
+    out, options = Path(os.path.realpath(out)), tracker_options(trackers, Path(os.path.realpath(out)) / "logs")
+    if config.max_memory: bytes_of(config.max_memory)
+    if config.tasks: config = replace(config, tasks=os.path.abspath(config.tasks))  # to be found from any other folder
+    accelerator = make_accelerator(config, **options)
+    share = Share.of(accelerator)
+    if not share.main: progress, say = False, lambda line: None
+    with ExitStack() as held:
+        if share.number > 1: held.callback(accelerator.end_training)  # a process that ends while it is in its group may be aborted
+        if share.main:
+            held.enter_context(locked(out, wait=False))
+            _claim(out, config)
+        wait(share)
         start = time.perf_counter()
         tasks = load_tasks(config, device=accelerator.device, progress=progress)
         say(f"{'tasks':<12} {time.perf_counter() - start:6.1f} s   {tasks}")
         start_trackers(accelerator, out.name, to_dict(config))
-        try: yield Chain(out, config, tasks, accelerator, progress, say)
-        finally:
-            if trackers: accelerator.end_training()
+        if trackers and share.number == 1: held.callback(accelerator.end_training)
+        yield Chain(out, config, tasks, accelerator, progress, say)
+        wait(share)  # the main process may still be writing
 
 
 def _claim(out, config):
@@ -269,14 +297,16 @@ def make_accelerator(config: Config, **options):  # options: of `accelerate.Acce
     "Device and precision of a run. Raises `ConfigError` if this machine does not have them."
     from accelerate import Accelerator
 
-    try: accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision, **options)
+    # several processes without a GPU are not expected by accelerate unless it is told
+    cpu = config.device == "cpu" or (config.device is None and not torch.accelerator.is_available())
+    try: accelerator = Accelerator(cpu=cpu, mixed_precision=config.mixed_precision, **options)
     except ValueError as e:
         raise ConfigError(f"mixed_precision {config.mixed_precision!r} is not possible here: {e}", "Use 'no'") from e
     if config.device and torch.device(config.device).type != accelerator.device.type:
         raise ConfigError(f"there is no device {config.device!r} here", "Leave device out to take what there is")
     return accelerator
 
-# %% ../nbs/42_stages.ipynb #cd5d1090
+# %% ../nbs/42_stages.ipynb #41210c58
 def run(out: str | Path, config: Config, **options: Any) -> None:  # options: of `opened`
     "The whole chain into a folder. What is complete is reused, what was interrupted is resumed."
     with opened(out, config, **options) as chain:
@@ -290,6 +320,7 @@ def finish(chain: Chain) -> None:
 
     models = load_models(chain.out, chain.tasks, chain.accelerator.device)
     rows = evaluate(chain, models)
+    if not chain.share.main: return
     found = results(rows, chain.config)
     write_json(chain.out / RESULTS, found)
     save_figure(plot_guidance_scale(rows), chain.out / FIGURES[0])

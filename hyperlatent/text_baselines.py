@@ -6,7 +6,7 @@
 __all__ = ['film_weights', 'TextHypernet', 'TextFiLM', 'text_architecture', 'train_text_network', 'text_loss', 'text_accuracy',
            'LinearLatents', 'ridge', 'fit_ridge']
 
-# %% ../nbs/26_text_baselines.ipynb #f755ddc3
+# %% ../nbs/26_text_baselines.ipynb #a0d7c42c
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ from .base import BaseNetwork, CLIPAdapter
 from .errors import HyperLatentError
 from .hypernet import HNet
 from .meta import initial_weights, validation_batches
+from .processes import ALONE, Share, mean_score, whole_dropout
 from .settings import TextConfig
 from .tasks import TaskBatch
 from .tensor_tasks import TaskSource
@@ -85,7 +86,7 @@ class TextFiLM(TextHypernet):
         "The weights for each question."
         return film_weights(self.base, self.weights, *self.read(questions).chunk(2, 1))
 
-# %% ../nbs/26_text_baselines.ipynb #07c5832d
+# %% ../nbs/26_text_baselines.ipynb #edbd72e9
 def text_architecture(base: BaseNetwork, question_dim: int, config: TextConfig) -> dict[str, Any]:
     "What `TextHypernet` or `TextFiLM` is built from. Raises `HyperLatentError` for FiLM in another base than a CLIP-Adapter."
     common = dict(question_dim=question_dim, hidden=config.hidden, output_scale=config.output_scale, dropout=config.dropout)
@@ -110,31 +111,33 @@ def train_text_network(
     model = network(**text_architecture(base, questions.shape[1], config), generator=lots).fit_statistics(questions.cpu())
     with torch.no_grad(): model.weights.copy_(initial_weights(base, 0.1, lots))
     held_out = validation_batches(base, validation)
-    score = lambda model: text_accuracy(model, base, held_out)
-    result = fit(model, lambda model, generator: text_loss(model, base, tasks, config, generator), config.fit,
+    score = lambda model, share: text_accuracy(model, base, held_out, share)
+    result = fit(model, lambda model, generator, share: text_loss(model, base, tasks, config, generator, share), config.fit,
                  validate=score if held_out else None, seed=seed, description=f"text-conditioned {config.method}", **options)
     return model, result
 
 
-def text_loss(model: nn.Module, base: BaseNetwork, tasks: TaskSource, config: TextConfig, generator: torch.Generator) -> Tensor:
+def text_loss(model: nn.Module, base: BaseNetwork, tasks: TaskSource, config: TextConfig, generator: torch.Generator,
+              share: Share = ALONE) -> Tensor:
     "Loss of the weights made from the questions of random tasks on random samples of these tasks."
     chosen = torch.randperm(len(tasks), generator=generator)[: config.fit.batch_size]
     phrase = "random" if config.random_wording else 0
-    batch = tasks.batch(chosen, num_support=1, num_query=1, phrase=phrase, generator=generator)
+    own, total = share(chosen), len(chosen)
+    batch = tasks.batch(own, num_support=1, num_query=1, phrase=phrase, generator=generator)
     questions = batch.question_features
     if config.question_noise:
-        noise = torch.randn(questions.shape, generator=generator).to(questions) / questions.shape[1] ** 0.5
+        noise = share(torch.randn(total, questions.shape[1], generator=generator)).to(questions) / questions.shape[1] ** 0.5
         questions = F.normalize(questions + config.question_noise * noise, dim=1)
-    return base.loss(model(questions), tasks.samples_batch(chosen, config.samples_per_task, generator), batch).mean()
+    with whole_dropout(share, total): weights = model(questions)
+    return share.mean(base.loss(weights, tasks.samples_batch(own, config.samples_per_task, generator), batch), total)
 
 
 @torch.no_grad()
-def text_accuracy(model: Callable[[Tensor], Tensor], base: BaseNetwork, batches: Sequence[TaskBatch]) -> float:
+def text_accuracy(model: Callable[[Tensor], Tensor], base: BaseNetwork, batches: Sequence[TaskBatch], share: Share = ALONE) -> float:
     "Mean over tasks of the query accuracy of the weights that a model makes from the questions."
-    scores = [base.accuracy(model(batch.question_features), batch.query, batch) for batch in batches]
-    return torch.cat(scores).mean().item()
+    return mean_score(lambda batch: base.accuracy(model(batch.question_features), batch.query, batch), batches, share)
 
-# %% ../nbs/26_text_baselines.ipynb #ac44520d
+# %% ../nbs/26_text_baselines.ipynb #4db1c058
 class LinearLatents(nn.Module):
     "Question features -> latents, linear."
 

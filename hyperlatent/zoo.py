@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Zoo', 'build_zoo', 'zoo_health']
 
-# %% ../nbs/24_zoo.ipynb #45179e71
+# %% ../nbs/24_zoo.ipynb #8ab14f64
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from .adapt import adapt
 from .base import BaseNetwork
 from .errors import HyperLatentError
+from .memory import chunked
+from .processes import ALONE, Share, summed
 from .settings import ZooConfig
-from .tensor_tasks import TaskSource
+from .tensor_tasks import TaskSource, over_tasks
 from .training import step_generator
 
-# %% ../nbs/24_zoo.ipynb #8617052d
+# %% ../nbs/24_zoo.ipynb #5bf0856e
 @dataclass
 class Zoo:
     "Adapted latents of training tasks with the wordings of their questions."
@@ -52,13 +55,18 @@ class Zoo:
         run = torch.randint(runs, task.shape, generator=generator)
         return self.latents[run, task], self.phrases[self._wording(task, generator)], task
 
-    def _wording(self, task: Tensor, generator: torch.Generator) -> Tensor:
+    @cached_property
+    def _wordings(self) -> tuple[Tensor, Tensor]:
+        "Of each task, how many wordings it has, and the first: they stand together."
         count = self.phrase_task.bincount(minlength=self.latents.shape[1])
-        first = count.cumsum(0) - count  # the wordings of a task stand together
+        return count, count.cumsum(0) - count
+
+    def _wording(self, task: Tensor, generator: torch.Generator) -> Tensor:
+        count, first = self._wordings
         number = torch.rand(len(task), generator=generator).to(count.device) * count[task]
         return first[task] + number.long()
 
-# %% ../nbs/24_zoo.ipynb #59a674c0
+# %% ../nbs/24_zoo.ipynb #df2b4db1
 def build_zoo(
     generator: nn.Module,  # a trained generator
     base: BaseNetwork,
@@ -66,19 +74,26 @@ def build_zoo(
     config: ZooConfig,
     *,
     seed: int = 0,
-    max_tasks: int = 0,  # adapted at once; 0: `base.max_tasks`
+    max_tasks: int = 0,  # adapted at once, fewer where memory does not suffice; 0: `base.max_tasks`
     start: Callable[[Tensor], Tensor] | None = None,  # questions to the latents to begin with, as `HNet.prior`; None: `z0`
     progress: bool = True,
+    share: Share = ALONE,  # of several processes, each of which adapts its tasks and gets the whole zoo
 ) -> Zoo:
     "Adapt every task `config.runs` times, each time on a random subset of its support and query samples."
     from tqdm.auto import tqdm
 
-    chunks = torch.arange(len(tasks)).split(max_tasks or base.max_tasks)
-    latents = torch.empty(config.runs, len(tasks), generator.latent_dim, device=generator.z0.device)
-    for run in tqdm(range(config.runs), desc="zoo", unit="run", disable=not progress, leave=False):
-        # a generator for each chunk, all alike: a task's samples do not depend on its chunk
-        for chunk in chunks:
-            latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run), start)
+    own, size = share(torch.arange(len(tasks))), max_tasks or base.max_tasks
+    latents = torch.zeros(config.runs, len(tasks), generator.latent_dim, device=generator.z0.device)
+    with tqdm(total=config.runs * len(own), desc="zoo", unit="task", disable=not (progress and share.main), leave=False) as bar:
+        for run in range(config.runs):
+            def adapted(first: int, last: int, run=run) -> None:
+                # a generator for each chunk, all alike: a task's samples do not depend on its chunk
+                chunk = own[first:last]
+                latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run), start)
+                bar.update(len(chunk))
+
+            chunked(adapted, len(own), size)
+            summed([latents[run]], share)  # zero where another process is at work: the sum is complete
     return Zoo(latents, *tasks.question_phrases())
 
 
@@ -91,7 +106,7 @@ def _adapt_chunk(generator, base, tasks, chunk, config, lots, start) -> Tensor:
 
 
 
-# %% ../nbs/24_zoo.ipynb #117d0464
+# %% ../nbs/24_zoo.ipynb #a27508e4
 def zoo_health(
     zoo: Zoo,
     generator: nn.Module,
@@ -101,6 +116,6 @@ def zoo_health(
     "Spread of latents within and between tasks (standard deviations, mean over dimensions), and query accuracy of a run."
     within = zoo.latents.std(0).mean().item() if len(zoo.latents) > 1 else 0.0
     between = zoo.latents.mean(0).std(0).mean().item()
-    with torch.no_grad():
-        right = [base.accuracy(generator(zoo.latents[0, chunk]), batch.query, batch) for chunk, batch in tasks.batches(base.max_tasks)]
-    return dict(within=within, between=between, accuracy=torch.cat(right).mean().item())
+    right = lambda at, batch: base.accuracy(generator(zoo.latents[0, at]), batch.query, batch)
+    with torch.no_grad(): found = over_tasks(tasks, base.max_tasks, right)
+    return dict(within=within, between=between, accuracy=torch.cat([part for _, part in found]).mean().item())
