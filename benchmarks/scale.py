@@ -1,9 +1,9 @@
-"""A synthetic family of many tasks through the whole chain: seconds and peak memory of each stage, a fresh process for each number of tasks.
+"""A synthetic family of many tasks through the whole chain: seconds and peak memory of each stage, a fresh process for each number.
 
     python benchmarks/scale.py 1000 10000 100000 --limit 8GB
 
-Training takes the same number of steps for any number of tasks; adaptation, zoo, validation and evaluation go over all of them. The limit is
-the budget that chunks are chosen by, and at the same time what the system grants the process (the address space, as `ulimit -v` does).
+Training takes the same number of steps for any number of tasks; adaptation, zoo, validation and evaluation go over all of them. The limit
+is the budget that chunks are chosen by, and at the same time what the system grants the process (the address space, as `ulimit -v` does).
 Writes a Markdown table, and `scale.json` into the folder of --out.
 """
 
@@ -39,24 +39,36 @@ def family(number: int, seed: int = 0):
     names, tasks = tuple(f"answer {i}" for i in range(ANSWERS)), []
     for t, row in enumerate(labels.tolist()):
         samples = [(t * len(row) + i, label) for i, label in enumerate(row)]
-        tasks.append(Task(f"what {t % KINDS} is {t // KINDS}?", names, names, tuple(samples[:SUPPORT]), tuple(samples[SUPPORT:]), split=splits[t]))
+        support, query = tuple(samples[:SUPPORT]), tuple(samples[SUPPORT:])
+        tasks.append(Task(f"what {t % KINDS} is {t // KINDS}?", names, names, support, query, split=splits[t]))
     return TaskSet(tasks, images.flatten(0, 1).half(), question_features=questions.split(1), answer_features=list(prompts[kind]))
 
 
 def settings(tasks: Path, limit: str):
-    from hyperlatent.settings import (AdaptConfig, BaseConfig, Config, EvaluateConfig, FitConfig, GeneratorConfig, HyperCLIPConfig,
-                                      HyperLDMConfig, MultitaskConfig, ZooConfig)  # fmt: skip
+    from hyperlatent.settings import (
+        AdaptConfig,
+        BaseConfig,
+        Config,
+        EvaluateConfig,
+        FitConfig,
+        GeneratorConfig,
+        HyperCLIPConfig,
+        HyperLDMConfig,  # fmt: skip
+        MultitaskConfig,
+        ZooConfig,
+    )
 
     fit = lambda steps, size: FitConfig(steps=steps, batch_size=size, warmup=10, validate_every=steps, checkpoint_every=steps)
     inner = AdaptConfig(steps=10, optimizer="adam")
     return Config(
         tasks=str(tasks), max_memory=limit, base=BaseConfig(hidden=8),
         multitask=MultitaskConfig(samples_per_task=8, scale=0.1, fit=fit(200, 64)),
-        hnet=GeneratorConfig(latent_dim=16, hidden=(32,), output_scale=0.3, method="auto_decoder", samples_per_task=8, inner=inner, fit=fit(300, 64)),
+        hnet=GeneratorConfig(latent_dim=16, hidden=(32,), output_scale=0.3, method="auto_decoder", samples_per_task=8, inner=inner,
+                             fit=fit(300, 64)),
         zoo=ZooConfig(runs=2, samples_per_task=8, inner=inner),
         hyperclip=HyperCLIPConfig(hidden=(32,), num_inference_steps=10, fit=fit(100, 128)),
-        hyperldm=HyperLDMConfig(hidden=64, blocks=2, num_inference_steps=10, num_samples=2, scheduler="ddim", prediction_type="v_prediction",
-                                fit=fit(300, 256)),
+        hyperldm=HyperLDMConfig(hidden=64, blocks=2, num_inference_steps=10, num_samples=2, scheduler="ddim",
+                                prediction_type="v_prediction", fit=fit(300, 256)),
         evaluate=EvaluateConfig(guidance_scales=(0.0, 1.5), few_shot=inner))  # fmt: skip
 
 
@@ -92,7 +104,8 @@ def table(found: list[dict]) -> str:
     lines = ["| tasks | " + " | ".join(names) + " | all, s | ms per task | peak memory, GB |", "| ---: |" + " ---: |" * (len(names) + 3)]
     for one in found:
         seconds = " | ".join(f"{one['stages'][name]['seconds']:.1f}" for name in names)
-        lines.append(f"| {one['number']:,} | {seconds} | {one['seconds']:.1f} | {1000 * one['seconds'] / one['number']:.2f} | {one['peak_gb']:.2f} |")
+        each = 1000 * one["seconds"] / one["number"]
+        lines.append(f"| {one['number']:,} | {seconds} | {one['seconds']:.1f} | {each:.2f} | {one['peak_gb']:.2f} |")
     return "\n".join(lines)
 
 

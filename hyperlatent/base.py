@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import HyperLatentError
+from .memory import CHUNK
 from .tasks import Samples, Task, TaskBatch, TaskSet
 
 # %% ../nbs/20_base.ipynb #99a62bce
@@ -49,6 +50,8 @@ class CLIPAdapter:
     The flat weight vector is `[W1 (h, d) | b1 (h) | W2 (d, h) | b2 (d)]`.
     """
 
+    memory: int = CHUNK  # bytes that the tasks computed at once may take, see `hyperlatent.memory`
+
     def __init__(
         self,
         dim: int,  # d, of the image and answer features
@@ -67,8 +70,8 @@ class CLIPAdapter:
 
     @property
     def max_tasks(self) -> int:
-        "About as many weight vectors as one should hold at once: a quarter of a gigabyte of them, and some copies."
-        return max(1, 2**26 // self.n_weights)
+        "About as many tasks as fit into `memory`: their weights four times over, and what lies between the layers for 32 samples, twice."
+        return max(1, self.memory // (16 * self.n_weights + 8 * 32 * (4 * self.dim + 3 * self.hidden)))
 
     def init(self, n: int, generator: torch.Generator, scale: float = 1.0) -> Float[Tensor, "{n} weight"]:
         "`n` random weight vectors: standard normal matrices, the second times `scale`, zero biases."

@@ -32,7 +32,7 @@ def bytes_of(text: str) -> int:  # such as "8GB", or "8GiB", the powers of 1024
 def memory_in_use(device: str | torch.device = "cpu") -> int:
     "Bytes that this process holds on a device: its resident memory on a CPU, what torch has allocated on a GPU."
     if torch.device(device).type == "cuda": return torch.cuda.memory_allocated(device)
-    import psutil  # comes with accelerate
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
     return psutil.Process().memory_info().rss
 

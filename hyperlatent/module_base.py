@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .base import masked_mean
 from .errors import HyperLatentError
+from .memory import CHUNK
 from .tasks import Samples, TaskBatch
 
 # %% ../nbs/21_module_base.ipynb #37c97f6a
@@ -25,6 +26,8 @@ class ModuleBase:
     The module is copied, in evaluation mode. It maps `(sample, *input)` of one task to `(sample, *output)`. Raises `HyperLatentError`
     if there is nothing to change, and for a loss or metric that does not give one number per sample.
     """
+
+    memory: int = CHUNK  # bytes that the tasks computed at once may take, see `hyperlatent.memory`
 
     def __init__(
         self,
@@ -53,8 +56,8 @@ class ModuleBase:
 
     @property
     def max_tasks(self) -> int:
-        "About as many weight vectors as one should hold at once: a quarter of a gigabyte of them, and some copies."
-        return max(1, 2**26 // self.n_weights)
+        "About as many tasks as fit into `memory`: their weights four times over. Of what the module makes on its way nothing is known."
+        return max(1, self.memory // (16 * self.n_weights))
 
     def init(self, n: int, generator: torch.Generator, scale: float = 1.0) -> Float[Tensor, "{n} weight"]:
         "`n` random weight vectors: matrices normal with deviation `scale`, vectors zero."

@@ -226,10 +226,10 @@ def _validate(run: _Run, validate: Callable) -> None:
 # %% ../nbs/04_training.ipynb #ef4e6e75
 def fit(
     model: Network,  # trained in place, left with the weights that were chosen
-    loss: Callable[[Network, torch.Generator], Tensor],  # draws its batch from the generator, returns a scalar
+    loss: Callable[..., Tensor],  # of (model, generator), and `share` if it likes: draws its batch, returns a scalar
     config: FitConfig,  # steps, learning rate, averaging, validation
     *,
-    validate: Callable[[Network], float] | None = None,  # a score, higher is better
+    validate: Callable[..., float] | None = None,  # of (model), and `share` if it likes: a score, higher is better
     seed: int = 0,  # of every step's generator
     description: str = "",  # on the progress bar and in errors
     progress: bool = True,  # show a bar

@@ -16,8 +16,17 @@ from test_cli import TINY
 
 from hyperlatent.base import CLIPAdapter, random_tasks
 from hyperlatent.data.rehearsal_tasks import made_up_tasks, stand_in_features
-from hyperlatent.settings import (AdaptConfig, FitConfig, GeneratorConfig, HVAEConfig, HyperCLIPConfig, HyperLDMConfig, MultitaskConfig,
-                                  TextConfig, ZooConfig)  # fmt: skip
+from hyperlatent.settings import (
+    AdaptConfig,
+    FitConfig,
+    GeneratorConfig,
+    HVAEConfig,
+    HyperCLIPConfig,
+    HyperLDMConfig,
+    MultitaskConfig,
+    TextConfig,  # fmt: skip
+    ZooConfig,
+)
 
 pytestmark = pytest.mark.xdist_group("processes")
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +58,9 @@ def trainings(base, train, validation):
                       networks=ZooConfig(runs=2, samples_per_task=8, inner=INNER))  # fmt: skip
     found = {f"mnet {name}": lambda name=name, **options: train_mnet(base, train, validation, replace(mnet, method=name), **options)[0]
              for name in ("multitask", "fomaml", "maml")}  # fmt: skip
-    found |= {f"hnet {name}": lambda name=name, **options: train_hnet(base, train, validation, replace(generator, method=name), **options)[0]
+    found |= {f"hnet {name}": lambda name=name, **more: train_hnet(base, train, validation, replace(generator, method=name), **more)[0]
               for name in ("auto_decoder", "joint", "fomaml", "maml", "multitask")}  # fmt: skip
-    found |= {f"text {name}": lambda name=name, **options: train_text_network(base, train, validation, replace(text, method=name), **options)[0]
+    found |= {f"text {name}": lambda name=name, **more: train_text_network(base, train, validation, replace(text, method=name), **more)[0]
               for name in ("hypernetwork", "film")}  # fmt: skip
     start = DirectWeights(0.3 * base.init(1, lots)[0])
     return found | {
