@@ -79,14 +79,15 @@ def one(number: int, limit: str, out: Path) -> dict:
     from hyperlatent.rehearsal import peak_memory, reset_peak
 
     resource.setrlimit(resource.RLIMIT_AS, (bytes_of(limit), bytes_of(limit)))
-    found, last = {"number": number, "stages": {}}, time.perf_counter()
+    found, last = {"number": number, "stages": {}}, (time.process_time(), time.perf_counter())
 
     def done(line: str) -> None:
         nonlocal last
-        found["stages"][line.split(maxsplit=1)[0]] = dict(seconds=time.perf_counter() - last, peak_gb=peak_memory())
+        cpu, wall = time.process_time() - last[0], time.perf_counter() - last[1]
+        found["stages"][line.split(maxsplit=1)[0]] = dict(seconds=cpu, wall=wall, peak_gb=peak_memory())
         print(f"{number:>8} {line[:100]}", file=sys.stderr, flush=True)
         reset_peak()
-        last = time.perf_counter()
+        last = time.process_time(), time.perf_counter()
 
     reset_peak()
     with stages.opened(out / "run", settings(out / "tasks", limit), say=done) as chain:
@@ -99,9 +100,9 @@ def one(number: int, limit: str, out: Path) -> dict:
 
 
 def table(found: list[dict]) -> str:
-    """Seconds by stage; the last columns are the whole chain."""
-    names = list(found[0]["stages"])
-    lines = ["| tasks | " + " | ".join(names) + " | all, s | ms per task | peak memory, GB |", "| ---: |" + " ---: |" * (len(names) + 3)]
+    """Processor seconds by stage, which other work on the machine does not change; the last columns are the whole chain."""
+    names = list(found[0]["stages"])  # the first is called tasks: reading them
+    lines = ["| tasks | " + " | ".join(["read", *names[1:]]) + " | all, s | ms per task | peak memory, GB |", "| ---: |" + " ---: |" * (len(names) + 3)]
     for one in found:
         seconds = " | ".join(f"{one['stages'][name]['seconds']:.1f}" for name in names)
         each = 1000 * one["seconds"] / one["number"]
