@@ -102,7 +102,8 @@ def one(number: int, limit: str, out: Path) -> dict:
 def table(found: list[dict]) -> str:
     """Processor seconds by stage, which other work on the machine does not change; the last columns are the whole chain."""
     names = list(found[0]["stages"])  # the first is called tasks: reading them
-    lines = ["| tasks | " + " | ".join(["read", *names[1:]]) + " | all, s | ms per task | peak memory, GB |", "| ---: |" + " ---: |" * (len(names) + 3)]
+    titles = ["tasks", "read", *names[1:], "all, s", "ms per task", "peak memory, GB"]
+    lines = [f"| {' | '.join(titles)} |", "| ---: |" + " ---: |" * (len(titles) - 1)]
     for one in found:
         seconds = " | ".join(f"{one['stages'][name]['seconds']:.1f}" for name in names)
         each = 1000 * one["seconds"] / one["number"]

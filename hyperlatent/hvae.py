@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['HVAE', 'kl_divergence', 'hvae_loss', 'train_hvae', 'task_loss', 'reconstruction', 'encode_zoo']
 
-# %% ../nbs/25_hvae.ipynb #5eeea587
+# %% ../nbs/25_hvae.ipynb #6c45099b
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from .tensor_tasks import TaskSource
 from .training import FitResult, fit
 from .zoo import Zoo, build_zoo
 
-# %% ../nbs/25_hvae.ipynb #61f4e225
+# %% ../nbs/25_hvae.ipynb #76ed7071
 class HVAE(nn.Module):
     """A variational autoencoder of flat weight vectors whose decoder is a generator: latent -> weights (section 3.1).
 
@@ -68,6 +69,19 @@ class HVAE(nn.Module):
         "Standardised weights."
         return self.decoder(z)
 
+    def trunk(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch unit"]:
+        "The decoder's last hidden layer, of which the weights are a linear function: `readout`."
+        return self.decoder[:-1](z)
+
+    @property
+    def readout(self) -> nn.Linear:
+        "The decoder's last layer and the inverse of the standardisation as one linear layer."
+        last: Any = self.decoder[-1]
+        layer = nn.utils.skip_init(nn.Linear, last.in_features, last.out_features, device=last.weight.device)
+        layer.weight = nn.Parameter(self.weight_std[:, None] * last.weight.detach(), requires_grad=False)
+        layer.bias = nn.Parameter(torch.addcmul(self.weight_mean, last.bias.detach(), self.weight_std), requires_grad=False)
+        return layer
+
     def forward(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch weight"]:
         "The weights h(z)."
         return torch.addcmul(self.weight_mean, self.decode(z), self.weight_std)
@@ -110,7 +124,7 @@ def hvae_loss(
     loss = (error + kl_weight * kl_divergence(mean, log_variance).sum(-1)) / model.n_weights
     return share.mean(loss, total), torch.addcmul(model.weight_mean, again, model.weight_std)
 
-# %% ../nbs/25_hvae.ipynb #2c85b1a7
+# %% ../nbs/25_hvae.ipynb #4a6b936f
 def train_hvae(
     mnet: DirectWeights,  # where fine-tuning starts
     base: BaseNetwork,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .adapt import DirectWeights, adapt
 from .base import BaseNetwork
 from .hypernet import HNet
-from .processes import ALONE, Share, mean_score
+from .processes import ALONE, Share, mean_score, whole_dropout
 from .settings import AdaptConfig, GeneratorConfig, MultitaskConfig
 from .tasks import TaskBatch
 from .tensor_tasks import TaskBatches, TaskSource
@@ -114,7 +114,7 @@ def draw_tasks(
     first = torch.randperm(labelled, generator=generator)[: wanted - extra]
     return torch.cat([first, labelled + torch.randperm(num_unconditional, generator=generator)[:extra]])
 
-# %% ../nbs/23_meta.ipynb #b679ce45
+# %% ../nbs/23_meta.ipynb #49a5a812
 def auto_decoder_loss(model: TaskLatents, base: BaseNetwork, tasks: TaskSource, config: GeneratorConfig,
                       generator: torch.Generator, num_unconditional: int = 0, *, share: Share = ALONE) -> Tensor:
     "Loss of noisy task latents on samples of their tasks, plus the offsets' penalty."
@@ -124,7 +124,8 @@ def auto_decoder_loss(model: TaskLatents, base: BaseNetwork, tasks: TaskSource, 
     samples = tasks.samples_batch(own, config.samples_per_task, generator)
     z = model.sample(chosen, batch.question_features, config.latent_noise, config.start_share, generator, share)
     penalty = config.offset_penalty * model.offsets[own].square().sum(1)
-    return share.mean(base.loss(model.hnet(z), samples, batch) + penalty, len(chosen))
+    with whole_dropout(share, len(chosen)): weights = model.hnet(z)
+    return share.mean(base.loss(weights, samples, batch) + penalty, len(chosen))
 
 
 def maml_loss(model: nn.Module, base: BaseNetwork, tasks: TaskSource, config: GeneratorConfig | MultitaskConfig,
@@ -134,12 +135,14 @@ def maml_loss(model: nn.Module, base: BaseNetwork, tasks: TaskSource, config: Ge
     batch = tasks.batch(share(chosen), num_support=config.samples_per_task, generator=generator)
     start = model.z0.expand(len(batch), -1)
     steps = 0 if config.method == "multitask" else config.inner.steps
-    z = adapt(model, base, batch, **{**vars(config.inner), "steps": steps}, start=start, create_graph=config.method == "maml")
-    # first order: the adapted latent moves with the start, as if the inner steps did not depend on it
-    if config.method != "maml": z = start + (z - start).detach()
-    return share.mean(base.loss(model(z), batch.query, batch), len(chosen))
+    with whole_dropout(share, len(chosen)):
+        z = adapt(model, base, batch, **{**vars(config.inner), "steps": steps}, start=start, create_graph=config.method == "maml")
+        # first order: the adapted latent moves with the start, as if the inner steps did not depend on it
+        if config.method != "maml": z = start + (z - start).detach()
+        weights = model(z)
+    return share.mean(base.loss(weights, batch.query, batch), len(chosen))
 
-# %% ../nbs/23_meta.ipynb #48289e6d
+# %% ../nbs/23_meta.ipynb #88be9deb
 def train_hnet(
     base: BaseNetwork,
     tasks: TaskSource,  # meta-train
@@ -157,7 +160,7 @@ def train_hnet(
     lots = torch.Generator().manual_seed(seed)
     with_latents, joint = config.method in ("auto_decoder", "joint"), config.method == "joint"
     question_dim = tasks.question_phrases()[0].shape[1] if joint else 0
-    hnet = HNet(base.n_weights, config.latent_dim, config.hidden, config.output_scale, lots, question_dim)
+    hnet = HNet(base.n_weights, config.latent_dim, config.hidden, config.output_scale, lots, question_dim, config.dropout)
     if joint:
         with torch.no_grad(): hnet.layers[-1].bias.copy_(initial_weights(base, 0.1, lots))
     model: nn.Module = hnet

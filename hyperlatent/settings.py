@@ -65,7 +65,7 @@ class ClipTrainingConfig:
     fit: FitConfig = FitConfig(steps=6500, batch_size=128, learning_rate=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98),
                                validate_every=650, checkpoint_every=325)
 
-# %% ../nbs/02_settings.ipynb #cbe86101
+# %% ../nbs/02_settings.ipynb #ab32a0c7
 @dataclass(frozen=True)
 class MultitaskConfig:
     "MNet: one weight vector for all tasks."
@@ -82,6 +82,7 @@ class GeneratorConfig:
     latent_dim: int = 128
     hidden: tuple[int, ...] = (128, 128, 128)
     output_scale: float = 1.0  # standard deviation of the weights generated at first
+    dropout: float = 0.0  # of the hidden layers, in training
     method: Literal["auto_decoder", "joint", "fomaml", "maml", "multitask"] = "fomaml"
     samples_per_task: int = 50  # per step; at most this many of a task's samples
     unconditional_share: float = 0.5  # of the tasks of a step, where the task set has tasks without a language description

@@ -48,7 +48,7 @@ def trainings(base, train, validation):
     hnet = HNet(base.n_weights, 6, (12,), 0.3, generator=lots).requires_grad_(False)
     zoo = build_zoo(hnet, base, train, ZooConfig(runs=2, samples_per_task=8, inner=INNER), progress=False)
     held_out = validation_batches(base, validation)
-    generator = GeneratorConfig(latent_dim=6, hidden=(12,), samples_per_task=8, inner=INNER, fit=FIT)
+    generator = GeneratorConfig(latent_dim=6, hidden=(12,), samples_per_task=8, inner=INNER, dropout=0.2, fit=FIT)
     mnet = MultitaskConfig(samples_per_task=8, inner=INNER, fit=FIT)
     text = TextConfig(hidden=(12,), dropout=0.3, question_noise=0.2, samples_per_task=8, fit=FIT)
     ldm = HyperLDMConfig(hidden=16, blocks=2, dropout=0.3, question_noise=0.1, num_inference_steps=4, num_samples=2, scheduler="ddim",
