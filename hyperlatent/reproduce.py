@@ -80,7 +80,7 @@ def seed_process(out: str, seed: int) -> None:
     except HyperLatentError as error: sys.exit(f"error: seed {seed}: {error}")
     except KeyboardInterrupt: sys.exit(130)
 
-# %% ../nbs/43_reproduce.ipynb #a7c83b84
+# %% ../nbs/43_reproduce.ipynb #641f4783
 def reproduce(
     out: str | Path,  # folder to write to
     config: ReproduceConfig,  # its seed is the first
@@ -112,7 +112,8 @@ def _same_settings(path: Path, config: ReproduceConfig) -> bool:
 def write_results(out: Path, config: ReproduceConfig, seeds: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
     "`results.json`, the table in Markdown and LaTeX, and the figures."
     found = collect([seed_folder(out, seed) for seed in seeds], seeds)
-    results = dict(data=config.tasks or "scenes") | summary(found, config.compare.resamples)
+    results = dict(settings=to_dict(replace(config, tasks=None)), data=Path(config.tasks).name if config.tasks else "scenes")
+    results |= summary(found, config.compare.resamples)
     write_json(out / RESULTS, results)
     for name, text in zip(TABLES, (markdown(results), latex(results))):
         with written_whole(out / name) as temporary: temporary.write_text(text, encoding="utf-8")

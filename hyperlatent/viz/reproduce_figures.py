@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TITLES', 'FIGURES', 'guidance_figure', 'shots_figure', 'samplers_figure', 'kinds_figure', 'draw_all']
 
-# %% ../../nbs/43_reproduce_figures.ipynb #6eea6ed6
+# %% ../../nbs/43_reproduce_figures.ipynb #7fa33cad
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +20,7 @@ TITLES = {"hnet": "HNet", "hvae": "HVAE", "clip": "CLIP", "text_hypernetwork": "
 
 
 @contextmanager
-def _axes(width: float = 6.0, **labels: str) -> Iterator[tuple[Any, Any]]:
+def _axes(width: float = 7.0, **labels: str) -> Iterator[tuple[Any, Any]]:
     "A figure in the house's style and its axes, with a legend in the end."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -29,21 +29,22 @@ def _axes(width: float = 6.0, **labels: str) -> Iterator[tuple[Any, Any]]:
         figure = Figure(figsize=(width, 3.6), layout="constrained")
         ax = figure.add_subplot(**labels)
         yield figure, ax
-        if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False)
+        if ax.get_legend_handles_labels()[0]: figure.legend(frameon=False, loc="outside right upper")
 
 
 def _curve(ax, x: list, points: list[dict], label: str, color: str, style: str = "o-") -> None:
-    "Accuracies in percent with a band of their 95 % intervals."
-    low, high = ([100 * point["ci95"][i] for point in points] for i in (0, 1))
-    ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-    ax.plot(x, [100 * point["accuracy"] for point in points], style, color=color, label=label, markersize=4)
+    "Accuracies in percent with their 95 % intervals as thin lines."
+    sides = [[100 * abs(point["accuracy"] - point["ci95"][i]) for point in points] for i in (0, 1)]
+    ax.errorbar(x, [100 * point["accuracy"] for point in points], sides, fmt=style, color=color, label=label, markersize=4,
+                elinewidth=0.8)
 
-# %% ../../nbs/43_reproduce_figures.ipynb #52fc8895
+# %% ../../nbs/43_reproduce_figures.ipynb #f5afd37b
 def guidance_figure(results: dict[str, Any]):
     "Accuracy over the guidance scale for every generator."
     with _axes(xlabel=r"guidance scale $\gamma$", ylabel="accuracy on unseen questions (%)") as (figure, ax):
-        for (name, points), color in zip(results["guidance"].items(), (BLUE, VERMILION)):
-            _curve(ax, [point["guidance_scale"] for point in points], points, TITLES[name], color)
+        for i, ((name, points), color) in enumerate(zip(results["guidance"].items(), (BLUE, VERMILION))):
+            # beside each other, so that neither interval hides the other
+            _curve(ax, [point["guidance_scale"] + 0.03 * i for point in points], points, TITLES[name], color)
         _clip_line(ax, results)
     return figure
 
@@ -52,18 +53,19 @@ def _clip_line(ax, results: dict[str, Any]) -> None:
     clip = next(row for row in results["rows"] if row["method"] == "clip")
     ax.axhline(100 * clip["accuracy"], color=ORANGE, linestyle="--", label="CLIP")
 
-# %% ../../nbs/43_reproduce_figures.ipynb #948d5ae5
+# %% ../../nbs/43_reproduce_figures.ipynb #04c145d3
 def shots_figure(results: dict[str, Any]):
     "Accuracy over the number of examples; `all` is the last place of the axis."
-    with _axes(xlabel="examples of the task", ylabel="accuracy on unseen questions (%)") as (figure, ax):
+    with _axes(width=8.5, xlabel="examples of the task", ylabel="accuracy on unseen questions (%)") as (figure, ax):
         names = dict.fromkeys(point["n"] for points in results["shots"].values() for point in points)
         places = {n: i for i, n in enumerate(names)}
-        for name, points in results["shots"].items():
+        for i, (name, points) in enumerate(results["shots"].items()):
             generator, kind = name.split("_")
             color, style = {"start": (BLACK, ":"), "guided": (BLUE, "-"), "support": (GREEN, "--")}[kind]
             if generator == "hvae": color = {"start": PURPLE, "guided": VERMILION, "support": SKY}[kind]
             label = {"start": "from the start", "guided": "from the guided latent", "support": "inside the diffusion"}[kind]
-            if points: _curve(ax, [places[point["n"]] for point in points], points, f"{TITLES[generator]}, {label}", color, f"o{style}")
+            beside = [places[point["n"]] + 0.06 * i - 0.15 for point in points]
+            if points: _curve(ax, beside, points, f"{TITLES[generator]}, {label}", color, f"o{style}")
         ax.set_xticks(list(places.values()), list(places))
     return figure
 
@@ -83,12 +85,12 @@ def samplers_figure(results: dict[str, Any]):
         ax.minorticks_off()
     return figure
 
-# %% ../../nbs/43_reproduce_figures.ipynb #f2d8cb8f
+# %% ../../nbs/43_reproduce_figures.ipynb #a382c469
 def kinds_figure(results: dict[str, Any], what: str = "by_kind"):
     "Bars of CLIP, the best network that reads the question directly, and the best guided method, for each kind."
     groups = results[what]
-    with _axes(width=7.0, ylabel="accuracy (%)") as (figure, ax):
-        methods = list(next(iter(groups.values())))
+    with _axes(width=8.5, ylabel="accuracy (%)") as (figure, ax):
+        methods = sorted(next(iter(groups.values())), key=lambda name: (name == results["ours"], name != "clip"))
         for i, (name, color) in enumerate(zip(methods, (ORANGE, GREEN, BLUE))):
             at = [j + 0.27 * (i - (len(methods) - 1) / 2) for j in range(len(groups))]
             points = [group[name] for group in groups.values()]
@@ -96,8 +98,6 @@ def kinds_figure(results: dict[str, Any], what: str = "by_kind"):
             ax.bar(at, [100 * p["accuracy"] for p in points], 0.25, color=color, label=TITLES[name], yerr=sides, error_kw=dict(lw=1))
         sizes = [next(iter(group.values()))["tasks"] for group in groups.values()]
         ax.set_xticks(range(len(groups)), [f"{kind or 'all'}\n{n} tasks" for kind, n in zip(groups, sizes)])
-        # room above the bars for the names
-        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
     return figure
 
 # %% ../../nbs/43_reproduce_figures.ipynb #1c23bd49
