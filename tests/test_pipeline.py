@@ -82,7 +82,7 @@ def test_question_features_are_those_of_the_tasks(pipe):
     assert torch.allclose(pipe.encode_questions(QUESTION), encode([QUESTION]), atol=2e-3)  # word vectors travel in half precision
 
 
-def test_first_latents_come_soon_and_without_the_heavy_packages():
+def test_first_latents_come_soon_and_without_the_heavy_packages(pipe):
     script = f"""if True:
         import sys
         from hyperlatent import HyperLatentPipeline as P
@@ -92,7 +92,7 @@ def test_first_latents_come_soon_and_without_the_heavy_packages():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert result.stdout == "(4, 1, 64)\n[]\n", result.stderr
+    assert result.stdout == f"({pipe.config.num_samples}, 1, 64)\n[]\n", result.stderr
     # processor time, which neighbours cannot stretch as they do the clock's
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
@@ -434,13 +434,13 @@ def test_progress_bar_can_be_turned_off(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_command_line(tmp_path, capsys):
+def test_command_line(pipe, tmp_path, capsys):
     _, pictures = question_task(QUESTION)
     for i in range(3):
         Image.fromarray(pictures[i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
     out = tmp_path / "weights.safetensors"
     assert cli.main(["generate", QUESTION, "--guidance-scale", "1.5", "--out", str(out)]) == 0
-    assert "(4, 1, 24832)" in capsys.readouterr().out
+    assert f"({pipe.config.num_samples}, 1, 24832)" in capsys.readouterr().out
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     command = ["predict", QUESTION, "--pictures", *files, "--answers", *ANSWERS]
     assert cli.main([*command, "--weights", str(out)]) == 0
