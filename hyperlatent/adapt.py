@@ -45,7 +45,7 @@ class Adam:
         self.square = b * self.square + (1 - b) * gradient.square()
         return self.mean / (1 - a**self.steps) / ((self.square / (1 - b**self.steps)).sqrt() + 1e-8)
 
-# %% ../nbs/22_adapt.ipynb #9fe01d4e
+# %% ../nbs/22_adapt.ipynb #eefb9282
 @overload
 def adapt(generator: nn.Module, base: BaseNetwork, batch: TaskBatch, *, record: tuple[()] = (), **options: Any) -> Tensor: ...
 @overload
@@ -71,6 +71,12 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     if optimizer not in ("sgd", "adam"):
         raise HyperLatentError(f"optimizer is {optimizer!r}", "Choose 'sgd' or 'adam'")
     start = generator.z0.expand(len(batch), -1) if start is None else start
+    if not create_graph and len(batch) > (few := getattr(generator, "tasks_at_once", len(batch))):
+        options = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record)
+        prior = torch.as_tensor(prior_weight).expand(len(batch), 1)
+        parts = [adapt(generator, base, batch.take(at), start=start[at], prior_weight=prior[at].to(start), **options)
+                 for at in torch.arange(len(batch), device=start.device).split(few)]
+        return {step: torch.cat([part[step] for part in parts]) for step in parts[0]} if record else torch.cat(parts)
     z, direction = start if create_graph else start.detach(), Adam() if optimizer == "adam" else lambda g: g
     found, by_autograd = {0: z} if 0 in record else {}, lambda z: support_gradient(generator, base, batch, z, create_graph)
     gradient_at = by_autograd if create_graph else gradient_of(generator, base, batch, by_autograd, dtype)
@@ -80,13 +86,18 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
         if step in record: found[step] = z
     return found if record else z
 
-# %% ../nbs/22_adapt.ipynb #78a07465
+# %% ../nbs/22_adapt.ipynb #de56b31b
 class DirectWeights(nn.Module):
     "The generator without a hypernetwork: the latent is the flat weight vector, `z0` the multi-task weights."
 
     def __init__(self, weights: Float[Tensor, "weight"]):
         super().__init__()
         self.latent_dim, self.z0 = len(weights), nn.Parameter(weights.clone())
+
+    @property
+    def tasks_at_once(self) -> int:
+        "How many tasks' weights, gradients and what lies between a CPU's cache holds; on a GPU as many as there are."
+        return max(1, 2**21 // self.latent_dim) if self.z0.device.type == "cpu" else 2**31
 
     def forward(self, z: Float[Tensor, "*batch weight"]) -> Float[Tensor, "*batch weight"]:
         "The weights themselves."
