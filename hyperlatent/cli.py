@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from .commands.bench import Bench
 from .commands.data import Encoders, Prepare
 from .commands.explore import Explore
 from .commands.folder import Rehearse
@@ -105,7 +106,7 @@ def say(line: str) -> None:
 # %% ../nbs/43_cli.ipynb #67a842c1
 COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "table": Table, "prepare": Prepare, "rehearse": Rehearse,
             "encoders": Encoders, "train-clip": TrainClip, "generate": Generate, "predict": Predict, "ship": Ship,
-            "explore": Explore, "reproduce": Reproduce}
+            "explore": Explore, "reproduce": Reproduce, "bench": Bench}
 
 
 def base_settings(arguments: Sequence[str], named: Callable[[str], Config] = preset) -> Config:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .products import product
+
 # %% ../nbs/21_hypernet.ipynb #24fb2a6a
 class HNet(nn.Module):
     """A hypernetwork: latent -> weights, with a learned start `z0` of every adaptation (section 3.1).
@@ -62,4 +64,5 @@ class HNet(nn.Module):
 
     def forward(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch weight"]:
         "The weights h(z)."
-        return self.readout(self.trunk(z))
+        top, last = self.trunk(z), self.readout
+        return last(top) if torch.is_grad_enabled() else product(top, last.weight, last.bias)
