@@ -72,10 +72,10 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
         raise HyperLatentError(f"optimizer is {optimizer!r}", "Choose 'sgd' or 'adam'")
     start = generator.z0.expand(len(batch), -1) if start is None else start
     if not create_graph and len(batch) > (few := getattr(generator, "tasks_at_once", len(batch))):
-        options = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record)
+        options: dict[str, Any] = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record)
         prior = torch.as_tensor(prior_weight).expand(len(batch), 1)
-        parts = [adapt(generator, base, batch.take(at), start=start[at], prior_weight=prior[at].to(start), **options)
-                 for at in torch.arange(len(batch), device=start.device).split(few)]
+        parts: list[Any] = [adapt(generator, base, batch.take(at), start=start[at], prior_weight=prior[at].to(start), **options)
+                            for at in torch.arange(len(batch), device=start.device).split(few)]
         return {step: torch.cat([part[step] for part in parts]) for step in parts[0]} if record else torch.cat(parts)
     z, direction = start if create_graph else start.detach(), Adam() if optimizer == "adam" else lambda g: g
     found, by_autograd = {0: z} if 0 in record else {}, lambda z: support_gradient(generator, base, batch, z, create_graph)

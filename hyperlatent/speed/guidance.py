@@ -52,7 +52,7 @@ def walking(setup: Setup, plain: Any) -> Job:
     "HyperCLIP's guidance for all test questions."
     questions, config = _test_questions(setup), setup.config.hyperclip
     guide, steps, alone = ClassifierGuidance(setup.hyperclip, setup.hnet), 50, questions[:1]
-    options = dict(learning_rate=config.learning_rate, prior_weight=config.prior_weight)
+    options: dict[str, Any] = dict(learning_rate=config.learning_rate, prior_weight=config.prior_weight)
     few = setup.part(5, 25)
     return Job("HyperCLIP guidance", f"{len(questions)} questions, {steps} steps",
                lambda: guide(questions, num_inference_steps=steps, generator=torch.Generator().manual_seed(0), **options), 1.0,

@@ -72,8 +72,8 @@ def make_setup(
                         prediction_type=settings.prediction_type, generator=lots)
     with torch.no_grad():  # an untrained denoiser answers zero, and its last products would be of zeros
         for layer in (denoiser.out, *(block.layers[-1] for block in denoiser.blocks)): layer.weight.normal_(0, 0.02, generator=lots)
-    networks = (network.to(device).eval().requires_grad_(False) for network in (hnet, hyperclip, denoiser))
-    return Setup(scale, config, tasks.to(device), base, *networks, quick=quick)
+    for network in (hnet, hyperclip, denoiser): network.to(device).eval().requires_grad_(False)
+    return Setup(scale, config, tasks.to(device), base, hnet, hyperclip, denoiser, quick)
 
 
 def _scenes(device, quick) -> Setup:

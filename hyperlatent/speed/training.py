@@ -149,6 +149,6 @@ def diffusion_step(setup: Setup, plain: Any = None) -> Job:
     loss = lambda: F.mse_loss(model(z, t, zoo.phrases), target)
     work = forward(setup.denoiser, settings.batch_size, 3) + update(setup.denoiser)
     steps = setup.part(4, 10)
-    repeated = lambda: [bare_step(model, loss, optimizer, settings.clip_norm, average) for _ in range(steps)]
-    return Job("diffusion step", f"{settings.batch_size} latents", lambda: lap(train, steps), 1.0, work, repeated, steps,
+    once = partial(bare_step, model, loss, optimizer, settings.clip_norm, average)
+    return Job("diffusion step", f"{settings.batch_size} latents", lambda: lap(train, steps), 1.0, work, once, 1,
                against="bare step", target=1.3)
