@@ -99,6 +99,13 @@ def test_a_convolution_gives_each_task_its_own_pictures():
         torch.testing.assert_close(torch.func.functional_call(other, own, pictures[t]), outputs[t], rtol=1e-4, atol=1e-5)
 
 
+def test_one_task_alone_is_that_task_among_others():
+    base, lots = adapter_module(16, 4), torch.Generator().manual_seed(0)
+    weights, x = base.init(3, lots), torch.randn(3, 5, 16, generator=lots)
+    for t in range(3):
+        torch.testing.assert_close(base.outputs(weights[t : t + 1], x[t : t + 1]), base.outputs(weights, x)[t : t + 1])
+
+
 def test_the_module_itself_is_left_alone():
     net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -130,19 +137,19 @@ def test_a_metric_that_averages_is_refused():
 
 
 def test_time_beside_the_hand_batched_adapter(capsys):
-    """A gradient of 48 tasks, measured alternately; printed, and only a gross loss fails."""
+    """A gradient of 48 tasks, measured alternately in processor time; printed, and only a gross loss fails."""
     lots = torch.Generator().manual_seed(0)
     batch = random_batch([40] * 48, [4] * 48, 128, lots)
     bases = CLIPAdapter(128, 64), adapter_module(128, 64)
     weights = bases[0].init(48, lots).requires_grad_()
 
     def seconds(base):
-        start = time.perf_counter()
+        start = time.process_time()
         torch.autograd.grad(base.loss(weights, batch.support, batch).sum(), weights)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     times = [[seconds(base) for base in bases] for _ in range(21)][1:]
     by_hand, by_module = map(statistics.median, zip(*times))
     with capsys.disabled():
         print(f"\nModuleBase takes {by_module / by_hand:.2f} times the adapter's time ({1e3 * by_hand:.1f} ms)")
-    assert by_module < 4 * by_hand
+    assert by_module < 2 * by_hand
