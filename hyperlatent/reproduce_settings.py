@@ -49,7 +49,7 @@ class ReproduceConfig(Config):
         "The settings of the chain alone."
         return Config(**{name: getattr(self, name) for name in Config.__dataclass_fields__})
 
-# %% ../nbs/03_reproduce_settings.ipynb #414c359c
+# %% ../nbs/03_reproduce_settings.ipynb #4d628a6f
 def reproduce_preset(name: str = "scenes") -> ReproduceConfig:
     "`preset(name)` with the further sections. Raises `ConfigError` for an unknown name."
     chain = preset(name)
@@ -58,10 +58,11 @@ def reproduce_preset(name: str = "scenes") -> ReproduceConfig:
     fit = FitConfig(steps=steps, batch_size=24, learning_rate=3e-3, warmup=min(100, steps // 10), validate_every=steps // 4)
     weights = MultitaskConfig(samples_per_task=20, inner=AdaptConfig(steps=5, learning_rate=0.01), scale=0.1, fit=fit)
     latents = replace(chain.hnet, method="fomaml", samples_per_task=20, inner=AdaptConfig(steps=5, learning_rate=0.1), fit=fit)
+    joint = replace(chain.hnet, method="joint", latent_dim=96, hidden=(256, 256), dropout=0.1, offset_penalty=0.3, start_share=0.05)
     compare = StudyConfig()
     if name == "scenes-quick":
         compare = replace(compare, samplers=(("ddim", 10), ("ddim", 50), ("dpmsolver++", 15), ("ddpm", 1000)), ensemble_sizes=(1, 4))
-    return ReproduceConfig(**vars(chain), compare=compare,
+    return ReproduceConfig(**vars(replace(chain, hnet=joint)), compare=compare,
                            mnet_fomaml=replace(weights, method="fomaml"), mnet_maml=replace(weights, method="maml"),
                            hnet_multitask=replace(latents, method="multitask"), hnet_fomaml=latents,
                            hnet_maml=replace(latents, method="maml"))
