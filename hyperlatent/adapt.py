@@ -62,7 +62,7 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     start: Float[Tensor, "task latent"] | None = None,  # by default `generator.z0` for every task
     record: Sequence[int] = (),  # steps after which the latents are returned too
     create_graph: bool = False,  # differentiate through the loop (second-order MAML)
-    dtype: torch.dtype = torch.float32,  # of the large products: bfloat16 is faster, see `LatentGradient`
+    dtype: torch.dtype | None = None,  # of the large products, bfloat16 being faster; None: as autocast says, else float32
 ) -> Float[Tensor, "task latent"] | dict[int, Float[Tensor, "task latent"]]:
     """Latents fitted to the support samples of each task (section 2.2), or a dictionary of them by step with `record`.
 
@@ -79,7 +79,8 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
         return {step: torch.cat([part[step] for part in parts]) for step in parts[0]} if record else torch.cat(parts)
     z, direction = start if create_graph else start.detach(), Adam() if optimizer == "adam" else lambda g: g
     found, by_autograd = {0: z} if 0 in record else {}, lambda z: support_gradient(generator, base, batch, z, create_graph)
-    gradient_at = by_autograd if create_graph else gradient_of(generator, base, batch, by_autograd, dtype)
+    rough = torch.autocast(start.device.type, dtype)(by_autograd) if dtype in (torch.bfloat16, torch.float16) else by_autograd
+    gradient_at = by_autograd if create_graph else gradient_of(generator, base, batch, rough, dtype)
     for step in range(1, max(steps, *record, 0) + 1 if record else steps + 1):
         gradient = gradient_at(z) + prior_weight * (z - start)
         z = z - learning_rate * direction(gradient if create_graph else gradient.detach())

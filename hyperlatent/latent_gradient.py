@@ -50,11 +50,11 @@ class LatentGradient:
 
     def __call__(self, z: Float[Tensor, "task latent"]) -> Float[Tensor, "task latent"]:
         "The gradient at these latents."
-        with torch.enable_grad():
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():  # what may be rough was said by `dtype`
             z = z.detach().requires_grad_()
             top = self.generator.trunk(z)
-        with torch.no_grad(): gradient = self._back(*self._forward(top.detach().to(self.dtype)))
-        return torch.autograd.grad(top, z, gradient)[0]
+            with torch.no_grad(): gradient = self._back(*self._forward(top.detach().to(self.dtype)))
+            return torch.autograd.grad(top, z, gradient)[0]
 
     def _forward(self, top):
         base, x = self.base, self.features
@@ -103,8 +103,9 @@ def gradient_of(
     base: BaseNetwork,
     batch: TaskBatch,  # its support samples are fitted
     otherwise: Callable[[Tensor], Tensor],  # where `LatentGradient` does not fit
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,  # None: what autocast says where it is switched on, else float32
 ) -> Callable[[Tensor], Tensor]:
     "Latents to gradients, by the fastest way there is."
+    dtype = dtype or (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
     if isinstance(base, CLIPAdapter) and LatentGradient.fits(generator, base): return LatentGradient(generator, base, batch, dtype)
     return otherwise

@@ -11,7 +11,7 @@ import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,8 +140,9 @@ def train(chain: Chain) -> None:
 
 
 def _make_zoo(chain, network, base, tasks, checkpoint):
-    zoo = build_zoo(network, base, tasks, chain.config.zoo, seed=chain.config.seed, progress=chain.progress,
-                    start=network.prior if network.reader else None, share=chain.share)
+    with chain.accelerator.autocast() if chain.config.mixed_precision == "bf16" else nullcontext():
+        zoo = build_zoo(network, base, tasks, chain.config.zoo, seed=chain.config.seed, progress=chain.progress,
+                        start=network.prior if network.reader else None, share=chain.share)
     health = zoo_health(zoo, network, base, tasks)
     remark = f"{zoo.latents.shape[0]} x {zoo.latents.shape[1]} latents, training accuracy {health['accuracy']:.1%}"
     return Made(vars(zoo), remark, health)

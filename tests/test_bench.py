@@ -93,6 +93,8 @@ def test_bfloat16_keeps_the_accuracy():
     for dtype in (torch.float32, torch.bfloat16):
         z = adapt(hnet, base, batch, steps=10, learning_rate=0.02, dtype=dtype)
         scores[dtype] = base.accuracy(hnet(z), batch.query, batch).mean().item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapt(hnet, base, batch, steps=10, learning_rate=0.02), z)
     start = base.accuracy(hnet(hnet.z0.expand(len(batch), -1)), batch.query, batch).mean().item()
     assert scores[torch.float32] > start + 0.05
     assert scores[torch.bfloat16] == pytest.approx(scores[torch.float32], abs=0.002)
