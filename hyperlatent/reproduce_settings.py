@@ -49,13 +49,13 @@ class ReproduceConfig(Config):
         "The settings of the chain alone."
         return Config(**{name: getattr(self, name) for name in Config.__dataclass_fields__})
 
-# %% ../nbs/03_reproduce_settings.ipynb #4d628a6f
+# %% ../nbs/03_reproduce_settings.ipynb #82a80397
 def reproduce_preset(name: str = "scenes") -> ReproduceConfig:
     "`preset(name)` with the further sections. Raises `ConfigError` for an unknown name."
     chain = preset(name)
     if name == "reference": return ReproduceConfig(**vars(chain))
-    steps = 40 if name == "scenes-quick" else 300
-    fit = FitConfig(steps=steps, batch_size=24, learning_rate=3e-3, warmup=min(100, steps // 10), validate_every=steps // 4)
+    steps = 40 if name == "scenes-quick" else 1000
+    fit = FitConfig(steps=steps, batch_size=24, learning_rate=3e-3, warmup=min(100, steps // 10), validate_every=max(20, steps // 10))
     weights = MultitaskConfig(samples_per_task=20, inner=AdaptConfig(steps=5, learning_rate=0.01), scale=0.1, fit=fit)
     latents = replace(chain.hnet, method="fomaml", samples_per_task=20, inner=AdaptConfig(steps=5, learning_rate=0.1), fit=fit)
     joint = replace(chain.hnet, method="joint", latent_dim=96, hidden=(256, 256), dropout=0.1, offset_penalty=0.3, start_share=0.05)

@@ -174,7 +174,7 @@ def test_meta_validation_tasks_are_needed(folder, tmp_path, capsys):
 def test_bootstrap_is_the_plain_one():
     """Against a loop that draws seeds and tasks and takes the drawn table's mean."""
     random = np.random.default_rng(0)
-    scores = random.normal(0.6, 0.1, (1, 40)) + random.normal(0, 0.02, (5, 1)) + random.normal(0, 0.05, (5, 40))
+    scores = random.normal(0.6, 0.1, (1, 40)) + random.normal(0, 0.1, (5, 1)) + random.normal(0, 0.05, (5, 40))
     means = [scores[random.integers(5, size=4)][:, random.integers(40, size=40)].mean() for _ in range(20_000)]
     found = crossed_bootstrap(torch.tensor(scores), 20_000)
     low, high = np.quantile(means, [0.025, 0.975])
