@@ -1050,6 +1050,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'hyperlatent/reproduce_results.py'),
                                                'hyperlatent.reproduce_results._cells': ( 'reproduce_results.html#_cells',
                                                                                          'hyperlatent/reproduce_results.py'),
+                                               'hyperlatent.reproduce_results._controls': ( 'reproduce_results.html#_controls',
+                                                                                            'hyperlatent/reproduce_results.py'),
                                                'hyperlatent.reproduce_results._is_ours': ( 'reproduce_results.html#_is_ours',
                                                                                            'hyperlatent/reproduce_results.py'),
                                                'hyperlatent.reproduce_results._judge_ablations': ( 'reproduce_results.html#_judge_ablations',

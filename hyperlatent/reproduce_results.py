@@ -236,9 +236,9 @@ def _means(health: Sequence[dict[str, dict[str, float | None]]]) -> dict[str, di
     return {name: {key: mean([v for one in health if (v := one[name].get(key)) is not None]) for key in first}
             for name, first in health[0].items()}
 
-# %% ../nbs/43_reproduce_results.ipynb #85a22e90
+# %% ../nbs/43_reproduce_results.ipynb #5085c70c
 def markdown(results: dict[str, Any]) -> str:
-    "The table, and below it the claims."
+    "The table, below it the claims, and, if they were studied, the controls beside every method that reads a question."
     lines = ["| method | zero-shot | ± | Δ to CLIP | published, Meta-VQA |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in results["rows"]:
         name = f"**{row['label']}**" if _is_ours(row, results) else row["label"]
@@ -247,7 +247,22 @@ def markdown(results: dict[str, Any]) -> str:
     for one in results["claims"]:
         low, high = (f"{100 * x:+.1f}" for x in one["ci95"])
         lines.append(f"| {one['claim']} | {100 * one['difference']:+.1f} | {low} to {high} | {one['verdict']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + (["", *_controls(results)] if "evidence" in results else [])) + "\n"
+
+
+def _controls(results: dict[str, Any]) -> list[str]:
+    "A row for each method: its own questions, none, those of others, nonsense, masked ones, and both kinds of wordings."
+    found, scales = results["evidence"], results["guidance"]
+    names = ("", "_shuffled", "_nonsense", "_masked", "_seen_wordings", "_unseen_wordings")
+    lines = ["| zero-shot with | own question | no question | shuffled | nonsense | masked | seen wordings | unseen wordings |",
+             "| --- |" + " ---: |" * 7]
+    for method, title in (GUIDES | FROM_THE_QUESTION).items():
+        if method not in found: continue
+        none = next((point for point in scales.get(method, []) if point["guidance_scale"] == 0), None)
+        cells = [f"{100 * one['accuracy']:.1f}" if one else "" for one in (found.get(method + name) for name in names)]
+        cells.insert(1, f"{100 * none['accuracy']:.1f}" if none else "")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _is_ours(row: dict, results: dict) -> bool:
