@@ -38,10 +38,13 @@ def memory_in_use(device: str | torch.device = "cpu") -> int:
 
 
 def chunk_memory(limit: str | None, device: str | torch.device = "cpu") -> int:
-    "Bytes for a chunk of tasks: half of what a limit leaves beside what is in use, but at least a sixteenth of it."
+    """Bytes for a chunk of tasks: half of what a limit leaves beside what is in use, but at least a sixteenth of it.
+
+    On a CPU it is no more than without a limit: larger parts take longer, since they leave the cache."""
     if limit is None: return CHUNK
     total = bytes_of(limit)
-    return max(total // 16, (total - memory_in_use(device)) // 2)
+    most = CHUNK if torch.device(device).type == "cpu" else total
+    return min(most, max(total // 16, (total - memory_in_use(device)) // 2))
 
 # %% ../nbs/03_memory.ipynb #f5fd683a
 def out_of_memory(error: BaseException) -> bool:
