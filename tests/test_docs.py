@@ -156,11 +156,27 @@ def shell_lines() -> list:
     ]
 
 
+def check_launcher(launcher: str, options: str) -> None:
+    """Fails unless torchrun or accelerate knows its options."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser() if launcher == "torchrun" else launch_command_parser()
+    try:
+        found, more = parser.parse_known_args([*shlex.split(options), "hyperlatent"])
+    except SystemExit:
+        raise AssertionError(f"{launcher} does not accept: {options}") from None
+    assert not more and found.training_script == "hyperlatent" and found.no_python, f"{launcher} does not accept: {options}"
+
+
 def check_line(line: str) -> None:
     """Fails unless a shell reads the line, and we can answer for what it calls."""
     from hyperlatent.cli import parse
 
     subprocess.run(["bash", "-n", "-c", line], check=True, capture_output=True)
+    for launcher, options in re.findall(r"^(torchrun|accelerate launch) (.*?--no.python) hyperlatent", line):
+        check_launcher(launcher, options)
+        line = line[line.index("hyperlatent"):]
     for command in re.findall(r"\b(?:hyperlatent|make|pip|tensorboard|python3?) [^;#]*", line.replace("$seed", "0")):
         program, *arguments = shlex.split(command)
         if program == "hyperlatent":
@@ -180,7 +196,8 @@ def test_shell_line_is_accepted(line):
     check_line(line)
 
 
-@pytest.mark.parametrize("line", ["hyperlatent demo --quik", "make nothing", "for s in 0; do hyperlatent dmo; done", "curl x"])
+@pytest.mark.parametrize("line", ["hyperlatent demo --quik", "make nothing", "for s in 0; do hyperlatent dmo; done", "curl x",
+                                  "torchrun --nproc-pre-node 2 --no-python hyperlatent demo", "torchrun --no-python hyperlatent dmo"])
 def test_wrong_shell_lines_are_seen(line, capsys):
     with pytest.raises((AssertionError, subprocess.CalledProcessError)):
         check_line(line)

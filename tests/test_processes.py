@@ -84,19 +84,27 @@ def train_all(out: Path, checkpoints: Path | None = None) -> None:
     from safetensors.torch import save_file
 
     from hyperlatent.files import untied
+    from hyperlatent.hyperclip import HyperCLIP, info_nce
     from hyperlatent.hypernet import HNet
-    from hyperlatent.processes import Share
+    from hyperlatent.processes import Share, summed
     from hyperlatent.zoo import build_zoo
 
     accelerator = Accelerator(cpu=True)
+    share = Share.of(accelerator)
     base, train, validation = miniature()
     found = {}
     for name, learn in trainings(base, train, validation).items():
         model = learn(accelerator=accelerator, progress=False, checkpoint=out / f"{name}.safetensors")
         found |= {f"{name}/{key}": value for key, value in model.state_dict().items()}
+    lots = torch.Generator().manual_seed(3)
+    model = HyperCLIP(20, 6, (8,), generator=lots)
+    weights, questions = torch.randn(7, 20, generator=lots), torch.randn(7, 6, generator=lots)
+    info_nce(model, share(weights), questions, share=share).backward()
+    summed([p.grad for p in model.parameters()], share)
+    found |= {f"gradient/{key}": p.grad for key, p in model.named_parameters()}  # Adam would forgive a wrong factor
     hnet = HNet(base.n_weights, 6, (12,), 0.3, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
     config = ZooConfig(runs=2, samples_per_task=8, inner=INNER)
-    zoo = build_zoo(hnet, base, train, config, max_tasks=2, share=Share.of(accelerator), progress=False)
+    zoo = build_zoo(hnet, base, train, config, max_tasks=2, share=share, progress=False)
     save_file(untied(found | {"zoo": zoo.latents, "phrase_task": zoo.phrase_task}), out / f"results{accelerator.process_index}.safetensors")
     accelerator.end_training()
 
@@ -132,10 +140,9 @@ def results(tmp_path_factory) -> dict[int, list[dict[str, torch.Tensor]]]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "gradient"])
 def test_two_processes_train_what_one_does(name, results):
     [alone], (main, other) = results[1], results[2]
-    base, train, validation = miniature()
     keys = [key for key in alone if key.startswith(f"{name}/")]
     assert keys
     for key in keys:

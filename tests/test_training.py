@@ -46,6 +46,48 @@ def test_validation_sees_the_averaged_weights():
     assert torch.equal(seen[-1], model.weight)
 
 
+class Faint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+
+def faint(model, generator):
+    """In float16 its gradient, 1e-8, is zero unless it is scaled, and infinite if it is scaled by 65536, the scale to begin with."""
+    return (model.weight.half() * 1e-4 * 1e-4).float().sum()
+
+
+def scaled():
+    """An accelerator that scales gradients, as it does for float16 on a GPU."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+def test_small_gradients_survive_float16(tmp_path):
+    config = FitConfig(steps=6, learning_rate=0.1, warmup=1, clip_norm=1.0, checkpoint_every=1)
+    plain, model, stopped = Faint(), Faint(), Faint()
+    fit(plain, faint, config, progress=False)
+    assert torch.equal(plain.weight, torch.ones(3))
+    accelerator = scaled()
+    fit(model, faint, config, progress=False, accelerator=accelerator)
+    assert (model.weight < 0.95).all() and model.weight.isfinite().all()  # all steps but the first, which overflowed
+    assert accelerator.scaler.get_scale() == 65536  # a training's scale is its own
+
+    def stops(model, generator):
+        if generator.initial_seed() == step_generator(0, 3).initial_seed(): raise KeyboardInterrupt
+        return faint(model, generator)
+
+    file = tmp_path / "checkpoint.safetensors"
+    try: fit(stopped, stops, config, progress=False, accelerator=scaled(), checkpoint=file)
+    except KeyboardInterrupt: pass
+    again = Faint()
+    fit(again, faint, config, progress=False, accelerator=scaled(), checkpoint=file)
+    assert torch.equal(again.weight, model.weight)
+
+
 SCRIPT = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
