@@ -10,6 +10,7 @@ __all__ = ['UNKNOWN_SHARE', 'OBJECT_COUNTS', 'TRAINING_FILE', 'CHECKPOINT_FILE',
 # %% ../nbs/14_clip_training.ipynb #4311e948
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +204,7 @@ def train_and_save(
 
     A run that was stopped goes on, one that is finished is only read. Raises `EncoderError` if the folder holds something else.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise EncoderError("train-clip is for one process", "Start it without a launcher")
     folder, config = Path(folder), config or ClipTrainingConfig()
     record = _record(folder, to_dict(config))
     if record["scores"] is not None: return record["scores"]
