@@ -247,6 +247,30 @@ def slack() -> float:
     return 1.5 * max(1.0, os.getloadavg()[0] / os.cpu_count())
 
 
+def test_a_new_question_shows_something_soon(lab):
+    """Progress at once, the first paths before pictures and few-shot level are there."""
+    questions = lab.evaluate("() => [...document.querySelectorAll('.hl-explorer datalist option')].slice(20, 25).map(o => o.value)")
+    times = []
+    for question in questions:
+        took, at_once = lab.evaluate("""question => new Promise(done => {
+            const root = document.querySelector('.hl-explorer'), box = root.querySelector('[name=question]'), start = performance.now();
+            let busy = false;
+            new MutationObserver((_, observer) => { if (root.dataset.shown === '') return;
+                observer.disconnect(); const channel = new MessageChannel();
+                channel.port1.onmessage = () => done([performance.now() - start, busy]); channel.port2.postMessage(0);
+            }).observe(root, { attributes: true, attributeFilter: ['data-drawn'] });
+            box.value = question; box.dispatchEvent(new Event('change'));
+            busy = !root.querySelector('progress').hidden && root.querySelector('[role=status]').textContent !== ''; })""", question)
+        assert at_once
+        times.append(took)
+        lab.wait_for_function("() => document.querySelector('.hl-explorer .strip img').src.startsWith('blob:')")
+        assert lab.evaluate("() => document.querySelectorAll('.hl-explorer .strip li').length") == 8
+    median, _ = report("a new question's first paths", times)
+    assert median < 300 * slack()
+    ready(lab)
+    assert lab.wrong == []
+
+
 def test_questions_methods_and_steps(lab):
     ask(lab, "question", "what color is the purple elephant?")
     assert "elephant" in alert(lab)
@@ -266,6 +290,14 @@ def test_questions_methods_and_steps(lab):
     for _ in range(5): lab.keyboard.press("ArrowLeft")
     lab.wait_for_function("() => document.querySelector('.hl-explorer').dataset.step === '20'")
     assert plane(lab) != whole
+    # the answers follow the scrubber, step by step
+    answers = lab.evaluate("""async () => { const root = document.querySelector('.hl-explorer'), seen = new Set();
+        const box = root.querySelector('[name=step]');
+        for (let i = 0; i <= 25; i++) { box.value = i; box.dispatchEvent(new Event('input'));
+            await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+            seen.add([...root.querySelectorAll('.strip .fill')].map(e => e.style.width).join()); }
+        box.value = 20; box.dispatchEvent(new Event('input')); return seen.size; }""")
+    assert answers == 26
     lab.click(".hl-explorer button:text('Play')")
     lab.wait_for_function("() => document.querySelector('.hl-explorer').dataset.step === '25'")
     ask(lab, "negative_question", "what shape is the large object?")
@@ -382,3 +414,32 @@ def test_the_page_without_a_kernel(browser, folder):
     assert plane(page) != before and median < 35 * slack()
     assert violations(page) == [] and page.wrong == []
     page.context.close()
+
+
+def test_no_curve_crosses_a_name(browser, folder):
+    """Names beside the curve views look the same wherever the curves go, at 100 % and at a half."""
+    from hyperlatent.viz.explorer import export_html
+    from hyperlatent.viz.explorer_engine import load_engine
+
+    export_html(load_engine(), folder / "names.html", chains=4, num_inference_steps=10)
+    whole = (folder / "names.html").read_text(encoding="utf-8")
+    names = []
+    for value in (1.0, 0.5):
+        # every frame's accuracies and cosines, and their vote, become the same number
+        script = f"""for (const [message, buffers] of data) if (message.type === "frame") {{
+            const v = bytes(buffers[0]), n = message.points * message.chains; message.together = {value};
+            for (let i = 2 * n; i < 4 * n; i++) v.setFloat32(4 * i, {value}, true);
+            buffers[0] = btoa(String.fromCharCode(...new Uint8Array(v.buffer))); }}
+            for (const [message, buffers] of data)"""
+        (folder / "names.html").write_text(whole.replace("for (const [message, buffers] of data)", script, 1), encoding="utf-8")
+        page = opened(browser, (folder / "names.html").as_uri(), viewport={"width": 1300, "height": 1200})
+        page.wait_for_selector(".hl-explorer[data-shown='1.5']")
+        page.wait_for_timeout(200)
+        names.append(page.evaluate("""() => [...document.querySelectorAll('.hl-explorer .chart canvas')].map(canvas => {
+            const g = canvas.getContext('2d'), r = window.devicePixelRatio, cut = (...box) => [...g.getImageData(...box.map(x => x * r)).data];
+            const pixels = [...cut(50, 0, canvas.clientWidth - 50, 19), ...cut(canvas.clientWidth - 98, 0, 98, canvas.clientHeight)];
+            return [pixels.join(), pixels.filter(x => x < 128).length]; })"""))
+        assert page.wrong == []
+        page.context.close()
+    high, half = names
+    assert [text for text, _ in high] == [text for text, _ in half] and all(dark > 100 for _, dark in high)

@@ -5,34 +5,38 @@
 # %% auto #0
 __all__ = ['Answers']
 
-# %% ../../nbs/50_answers.ipynb #8d3ce96c
+# %% ../../nbs/50_answers.ipynb #43d43ab0
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base import BaseNetwork, CLIPAdapter
+from ..base import CLIPAdapter
 from ..tasks import TaskBatch
 
-# %% ../../nbs/50_answers.ipynb #ca6d9a5b
+# %% ../../nbs/50_answers.ipynb #b369da65
 class Answers:
     "The query pictures of one task, answered by the networks of many latents."
     def __init__(self,
         network: nn.Module,  # latents to weights
-        base: BaseNetwork,
+        base: CLIPAdapter,
         batch: TaskBatch,  # of one task
     ):
         self.network, self.base, self.batch, self.labels = network, base, batch, batch.query.labels[0]
-        self.quick = isinstance(base, CLIPAdapter) and hasattr(network, "readout")
-        if self.quick: self._multiply(batch.query.features[0], batch.answer_features[0])
+        self.pictures = batch.query.mask[0].nonzero()[:, 0]  # the real ones
+        readout = getattr(network, "readout", None)
+        self.quick = readout is not None
+        if readout is not None: self._multiply(readout, batch.query.features[0], batch.answer_features[0])
 
-    def _multiply(self, x: Tensor, answers: Tensor):
-        (d, h), last = (self.base.dim, self.base.hidden), self.network.readout  # type: ignore[attr-defined]
-        bias = torch.zeros(last.out_features) if last.bias is None else last.bias
-        columns = torch.cat([last.weight, bias[:, None]], 1).detach()  # what every hidden unit adds to the weights, then the bias
-        w1, b1, w2, b2 = (part.view(*shape, -1) for part, shape in zip(columns.split(self.base.sizes), ((h, d), (h,), (d, h), (d,))))  # type: ignore[attr-defined]
+    def _multiply(self, readout: nn.Linear, x: Tensor, answers: Tensor):
+        d, h = self.base.dim, self.base.hidden
+        bias = torch.zeros(readout.out_features) if readout.bias is None else readout.bias
+        columns = torch.cat([readout.weight, bias[:, None]], 1).detach()  # what every hidden unit adds to the weights, then the bias
+        w1, b1, w2, b2 = (part.view(*shape, -1) for part, shape in zip(columns.split(self.base.sizes), ((h, d), (h,), (d, h), (d,))))
         self.first = (torch.einsum("hdk,sd->ksh", w1, x) / math.sqrt(d) + b1.mT[:, None]).contiguous()
+        self.matrix, self.bias = w2.flatten(0, 1).mT / math.sqrt(h), b2.mT  # (unit, dim * hidden), (unit, dim)
         self.second = (torch.einsum("dhk,ad->kah", w2, answers) / math.sqrt(h)).contiguous()
         self.constant, self.shift = x @ answers.T, answers @ b2  # (sample, answer), (answer, unit)
 
@@ -46,20 +50,41 @@ class Answers:
         answer = self._quick_accuracy if self.quick else self._plain_accuracy
         return torch.cat([answer(chunk) for chunk in rows.split(max_rows)]).view(z.shape[:-1])
 
+    def _units(self, z: Tensor) -> Tensor:
+        return nn.functional.pad(self.network.trunk(z), (0, 1), value=1.0)
+
     def _quick_accuracy(self, z: Tensor) -> Tensor:
-        units = nn.functional.pad(self.network.trunk(z), (0, 1), value=1.0)
+        units = self._units(z)
         hidden = (units @ self.first.flatten(1)).view(len(z), *self.first.shape[1:]).relu()
         second = (units @ self.second.flatten(1)).view(len(z), *self.second.shape[1:])
         logits = hidden @ second.mT + (units @ self.shift.T)[:, None] + self.constant
         right = logits.masked_fill(~self.batch.answer_mask, -torch.inf).argmax(-1) == self.labels
-        return right[:, self.batch.query.mask[0]].float().mean(1)
+        return right[:, self.pictures].float().mean(1)
 
     def _plain_accuracy(self, z: Tensor) -> Tensor:
         copies = self.batch.repeat(len(z))
         return self.base.accuracy(self.network(z), copies.query, copies)
 
     @torch.no_grad()
-    def probabilities(self, z: Float[Tensor, "sample latent"]) -> Float[Tensor, "picture answer"]:
-        "Each answer's probability for each query picture, the mean over the latents' networks: their vote."
-        copies = self.batch.repeat(len(z))
-        return self.base.logits(self.network(z), copies.query.features, copies).softmax(-1).mean(0)[self.batch.query.mask[0]]  # type: ignore[attr-defined]
+    def probabilities(self,
+        z: Float[Tensor, "*point sample latent"],
+        pictures: Sequence[int] | None = None,  # numbers among the query pictures; all by default
+        max_rows: int = 128,  # networks at once
+        on_chunk: Callable[[], None] = lambda: None,  # called before each such part
+    ) -> Float[Tensor, "*point picture answer"]:
+        "Each answer's probability for each query picture, the mean over the samples' networks: their vote."
+        at, parts = self.pictures if pictures is None else self.pictures[torch.as_tensor(pictures)], []
+        for chunk in z.detach().flatten(0, -2).split(max_rows):
+            on_chunk()
+            logits = self.base.logit_scale * self._embedded(chunk, at) @ self.batch.answer_features[0].T
+            parts.append(logits.masked_fill(~self.batch.answer_mask, -torch.inf).softmax(-1))
+        return torch.cat(parts).view(*z.shape[:-1], *parts[0].shape[1:]).mean(-3)
+
+    def _embedded(self, z: Tensor, at: Tensor) -> Tensor:
+        "The adapted features of some pictures, (row, picture, dim)."
+        x = self.batch.query.features[0, at]
+        if not self.quick: return self.base.embed(self.network(z), x.expand(len(z), -1, -1))
+        units = self._units(z)
+        hidden = (units @ self.first[:, at].flatten(1)).view(len(z), len(at), -1).relu()
+        matrix = (units @ self.matrix).view(len(z), self.base.dim, -1)
+        return nn.functional.normalize(torch.baddbmm(x + (units @ self.bias)[:, None], hidden, matrix.mT), dim=-1)

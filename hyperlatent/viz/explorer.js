@@ -112,7 +112,10 @@ export function mount(el, link) {
   // ---------------------------------------------------------------- state
   let timer = 0;
   function change(values) {
+    const before = keyOf(state);
     Object.assign(state, values);
+    // at once, before the kernel has heard of it
+    if (!link.still && keyOf(state) !== before) working("question" in values ? "reading the question" : "computing", null);
     if (!("guidance_scale" in values)) { error.textContent = ""; step = 1e9; }
     show();
     if (link.still) return;
@@ -121,6 +124,12 @@ export function mount(el, link) {
     if (sweep().get(state.guidance_scale) && "guidance_scale" in values) timer = setTimeout(tell, 150); else tell();
   }
   const tell = () => link.set({ ...state });
+  function working(text, part, busy = true) {
+    statusText.textContent = text;
+    progress.hidden = stop.hidden = !busy;
+    if (part != null) progress.value = part; else progress.removeAttribute("value");
+    root.dataset.busy = busy;
+  }
   function sweep(key = keyOf(state)) {
     if (!sweeps.has(key)) {
       sweeps.set(key, new Map());
@@ -199,11 +208,11 @@ export function mount(el, link) {
       const data = floats(0), { points: p, chains: c, key_points: k, shape } = message;
       const f = { ...message, path: data.subarray(0, p * c * 2), accuracy: data.subarray(p * c * 2, p * c * 3), cosine: data.subarray(p * c * 3, p * c * 4), votes: data.subarray(p * c * 4) };
       sweep(keyOf(message.settings)).set(message.gamma, f);
+    } else if (message.type === "votes") {
+      const frame = sweep(keyOf(message.settings)).get(message.gamma); // as the frame before, but for every step
+      if (frame) Object.assign(frame, { votes: floats(0), shape: message.shape, key_points: message.key_points });
     } else if (message.type === "status") {
-      statusText.textContent = message.text;
-      progress.hidden = stop.hidden = !message.busy;
-      if (message.part != null) progress.value = message.part; else progress.removeAttribute("value");
-      root.dataset.busy = message.busy;
+      working(message.text, message.part, message.busy);
     } else if (message.type === "error") {
       error.textContent = message.text;
     }
@@ -317,7 +326,7 @@ export function mount(el, link) {
   const average = (values, p, c) => { let sum = 0; for (let i = 0; i < c; i++) sum += values[p * c + i]; return sum / c; };
 
   function axes(g, w, h, xs, ys, xlabel, ylabel) {
-    const b = { x: 50, y: 8, w: w - 62, h: h - 50 };
+    const b = { x: 50, y: 26, w: w - 62 - NAMES, h: h - 68 }; // names stand above and to the right, where no curve can cross them
     const X = x => b.x + (x - xs[0]) / (xs[1] - xs[0]) * b.w, Y = y => b.y + b.h - (y - ys[0]) / (ys[1] - ys[0]) * b.h;
     g.strokeStyle = css.line; g.lineWidth = 1; g.beginPath(); g.moveTo(b.x + .5, b.y); g.lineTo(b.x + .5, b.y + b.h + .5); g.lineTo(b.x + b.w, b.y + b.h + .5); g.stroke();
     g.fillStyle = css.soft; g.textBaseline = "middle"; g.textAlign = "right";
@@ -330,21 +339,24 @@ export function mount(el, link) {
     g.save(); g.translate(14, b.y + b.h / 2); g.rotate(-Math.PI / 2); g.fillText(ylabel, 0, 0); g.restore();
     return { b, X, Y };
   }
+  const NAMES = 96; // pixels to the right of a chart
   function levels(g, b, Y) {
-    let above = -99;
-    for (const [name, dash] of [["few-shot", [7, 3, 2, 3]], ["unguided", [6, 4]], ["chance", [2, 3]]].sort((a, b) => asked.levels[b[0]] - asked.levels[a[0]])) {
-      const value = asked.levels[name], at = Y(value);
-      g.strokeStyle = css.soft; g.lineWidth = 1.3; g.setLineDash(dash); g.beginPath(); g.moveTo(b.x, at); g.lineTo(b.x + b.w, at); g.stroke(); g.setLineDash([]);
-      let y = Math.max(at - 5, b.y + 26);
-      if (y - above < 15) y = Math.max(at + 13, above + 15);
-      above = y;
-      g.fillStyle = css.soft; g.textAlign = "right"; g.textBaseline = "alphabetic"; g.fillText(`${name} ${percent(value)}`, b.x + b.w - 4, y);
+    const known = [["few-shot", [7, 3, 2, 3]], ["unguided", [6, 4]], ["chance", [2, 3]]].filter(([name]) => name in asked.levels);
+    const rows = known.map(([name, dash]) => ({ name, dash, value: asked.levels[name], at: Y(asked.levels[name]) })).sort((a, b) => a.at - b.at);
+    let above = b.y - 12;
+    for (const row of rows) above = row.y = Math.max(row.at, above + 15); // below each other, where levels lie close together
+    let under = b.y + b.h + 8;
+    for (const row of [...rows].reverse()) under = row.y = Math.min(row.y, under - 15);
+    for (const { name, dash, value, at, y } of rows) {
+      line(g, css.soft, 1.3, dash, [[b.x, at], [b.x + b.w, at]]);
+      line(g, css.line, 1, [], [[b.x + b.w, at], [b.x + b.w + 7, y]]);
+      g.fillStyle = css.soft; g.textAlign = "left"; g.textBaseline = "middle"; g.fillText(`${name} ${percent(value)}`, b.x + b.w + 10, y, NAMES - 2);
     }
   }
   function names(g, b, parts) {
-    let x = b.x + 6;
+    let x = b.x;
     g.textAlign = "left"; g.textBaseline = "alphabetic";
-    for (const [color, words] of parts) { g.fillStyle = color; g.fillText(words, x, b.y + 12); x += g.measureText(words).width + 14; }
+    for (const [color, words] of parts) { g.fillStyle = color; g.fillText(words, x, b.y - 10); x += g.measureText(words).width + 14; }
   }
   const line = (g, color, width, dash, points) => { g.strokeStyle = color; g.lineWidth = width; g.setLineDash(dash); g.beginPath(); points.forEach(([x, y], i) => i ? g.lineTo(x, y) : g.moveTo(x, y)); g.stroke(); g.setLineDash([]); };
   const ORANGE = () => root.dataset.theme === "dark" ? "#F0B030" : "#A35F00", BLUE = () => css.accent;
@@ -364,7 +376,7 @@ export function mount(el, link) {
     names(g, b, [[BLUE(), "accuracy"], [ORANGE(), "cosine × 100"], ...(walk && walk !== shown ? [[css.soft, "dotted: HyperCLIP"]] : [])]);
     line(g, css.fg, 1.5, [], [[X(now()), b.y], [X(now()), b.y + b.h]]);
     const p = Math.min(now(), shown.points - 1);
-    along.canvas.setAttribute("aria-label", `At step ${p} of ${shown.points - 1}: mean accuracy ${percent(average(shown.accuracy, p, shown.chains))}, mean cosine ${average(shown.cosine, p, shown.chains).toFixed(2)}; few-shot level ${percent(asked.levels["few-shot"])}, unguided ${percent(asked.levels.unguided)}`);
+    along.canvas.setAttribute("aria-label", `At step ${p} of ${shown.points - 1}: mean accuracy ${percent(average(shown.accuracy, p, shown.chains))}, mean cosine ${average(shown.cosine, p, shown.chains).toFixed(2)}; ` + Object.entries(asked.levels).map(([name, value]) => `${name} ${percent(value)}`).join(", "));
   }
   function drawCurve() {
     const [g, w, h] = surface(curve.canvas);

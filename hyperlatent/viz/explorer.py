@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Message', 'HERE', 'Latest', 'Outdated', 'scene_message', 'asked_message', 'landscape_message', 'frame_message',
-           'sweep_order', 'Known', 'messages', 'Explorer', 'export_html']
+           'votes_message', 'sweep_order', 'Known', 'messages', 'Explorer', 'export_html']
 
 # %% ../../nbs/52_explorer.ipynb #bac97e12
 import base64
@@ -25,13 +25,14 @@ from ..errors import HyperLatentError
 from ..files import written_whole
 from .explorer_engine import SCALES, Engine, Frame, Request
 
-# %% ../../nbs/52_explorer.ipynb #7ed99771
+# %% ../../nbs/52_explorer.ipynb #b8604ab2
 class Latest:
     "A thread that works on the newest item it was given."
     def __init__(self,
         work: Callable[[Any, Callable[[], bool]], None],  # called with an item and a function that says whether it is out of date
     ):
-        self.work, self._new, self._item, self._generation = work, threading.Condition(), None, 0
+        self.work, self._new, self._generation = work, threading.Condition(), 0
+        self._item: tuple[Any] | None = None
         self.idle = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="explorer")
         self._thread.start()
@@ -39,7 +40,7 @@ class Latest:
     def give(self, item: Any) -> None:
         "Work on this next; None only stops what is being worked on."
         with self._new:
-            self._item, self._generation = (item,), self._generation + 1  # type: ignore[assignment]
+            self._item, self._generation = (item,), self._generation + 1
             self.idle.clear()
             self._new.notify()
 
@@ -52,7 +53,7 @@ class Latest:
                 (item,), generation, self._item = self._item, self._generation, None
             if item is not None: self.work(item, lambda current=generation: self._generation != current)
 
-# %% ../../nbs/52_explorer.ipynb #96e4c8b9
+# %% ../../nbs/52_explorer.ipynb #1a5653ae
 Message = tuple[dict[str, Any], list[bytes]]
 
 
@@ -73,9 +74,9 @@ def scene_message(engine: Engine, projection: str) -> Message:
 
 
 def asked_message(engine: Engine, request: Request) -> Message:
-    "The question with its pictures and the accuracies to compare with."
+    "The question with the accuracies to compare with, and with its pictures once it is complete."
     asked = engine.ask(request.question)
-    pictures, chosen = asked.strip["pictures"], asked.strip["chosen"]
+    pictures, chosen = asked.strip.get("pictures", []), asked.strip["chosen"]
     question = engine.tasks.questions[asked.number]
     note = asked.note or f"Asked: {request.question or question}"
     return {"type": "asked", "settings": asdict(request), "question": question, "note": note, "levels": asked.levels, **asked.strip,
@@ -92,13 +93,17 @@ def landscape_message(engine: Engine, request: Request) -> Message:
 
 def frame_message(engine: Engine, request: Request, frame: Frame, gamma: float | str) -> Message:
     "One guidance; `gamma` is its scale, or 'walk' for HyperCLIP's."
-    asked = engine.ask(request.question)
-    votes = frame.votes[:, asked.strip["chosen"]]
-    points, chains = frame.accuracy.shape
-    low, high = min(asked.levels.values()) - 0.1, max(asked.levels.values()) + 0.1
-    return {"type": "frame", "settings": asdict(request), "gamma": gamma, "points": points, "chains": chains, "shape": list(votes.shape),
-            "key_points": frame.key_points, "together": frame.together, "range": [low, high]}, [
-        _bytes(frame.path, frame.accuracy, frame.cosine, votes)]
+    levels, (points, chains) = engine.ask(request.question).levels, frame.accuracy.shape
+    low = min(levels["unguided"], levels["chance"]) - 0.1  # one scale of colours for all frames of a question
+    return {"type": "frame", "settings": asdict(request), "gamma": gamma, "points": points, "chains": chains, "range": [low, 1.0],
+            "shape": list(frame.votes.shape), "key_points": frame.key_points, "together": frame.together}, [
+        _bytes(frame.path, frame.accuracy, frame.cosine, frame.votes)]
+
+
+def votes_message(request: Request, frame: Frame, gamma: float | str) -> Message:
+    "The answers after every step, for a frame that is there."
+    message = {"type": "votes", "settings": asdict(request), "gamma": gamma}
+    return message | {"shape": list(frame.votes.shape), "key_points": frame.key_points}, [_bytes(frame.votes)]
 
 
 def sweep_order(first: float) -> list[float]:
@@ -106,13 +111,14 @@ def sweep_order(first: float) -> list[float]:
     ordered = [SCALES[i] for stride in (8, 4, 2, 1) for i in range(0, len(SCALES), stride)]
     return list(dict.fromkeys([min(SCALES, key=lambda scale: abs(scale - first)), *ordered]))
 
-# %% ../../nbs/52_explorer.ipynb #af18ecfb
+# %% ../../nbs/52_explorer.ipynb #0ae17403
 @dataclass
 class Known:
     "What the pages have been told already."
     projection: str = ""
     request: Request | None = None
     scales: set[float] = field(default_factory=set)  # of the request's sweep
+    votes: set[float | str] = field(default_factory=set)  # of these, with the answers after every step
 
     def same(self, request: Request) -> bool:
         "Whether only the guidance scale is new."
@@ -132,32 +138,56 @@ def messages(
     def check(*_):
         if outdated(): raise Outdated
 
-    status = lambda text, busy, part=None: ({"type": "status", "text": text, "busy": busy, "part": part}, [])
     same, free = known.same(request), replace(request, method="classifier-free")
+    climb = replace(request, method="classifier")
     engine.ask(request.question)  # what cannot be asked is refused before anything is drawn
     if known.projection != request.projection:
         yield scene_message(engine, request.projection)
         known.projection = request.projection
     if not same:
         yield asked_message(engine, request)
-        known.request, known.scales = request, set()
+        known.request, known.scales, known.votes = request, set(), set()
     if request.method != "classifier" and request.guidance_scale not in known.scales:
         yield frame_message(engine, request, engine.frame(free, check), request.guidance_scale)
         known.scales.add(request.guidance_scale)
     if not same:
-        if request.method != "classifier-free":
-            yield frame_message(engine, request, engine.frame(replace(request, method="classifier"), check), "walk")
-        yield landscape_message(engine, request)
-    left = [s for s in sweep_order(request.guidance_scale) if s not in known.scales]
-    if request.method == "classifier" or not sweep: left = []
-    for i, scale in enumerate(left):
+        if request.method != "classifier-free": yield frame_message(engine, request, engine.frame(climb, check), "walk")
         check()
-        yield frame_message(engine, request, engine.frame(replace(free, guidance_scale=scale), check), scale)
-        known.scales.add(scale)
-        if i % 4 == 0: yield status(f"computing all guidance scales: {i + 1} of {len(left)}", True, (i + 1) / len(left))
-    yield status("ready", False)
+        yield _status("drawing the pictures", True)
+        engine.complete(engine.ask(request.question))
+        yield asked_message(engine, request)
+        yield landscape_message(engine, request)
+    if request.method != "classifier-free" and "walk" not in known.votes:
+        yield votes_message(request, engine.votes(climb, check), "walk")
+        known.votes.add("walk")
+    if request.method != "classifier":
+        scales = sweep_order(request.guidance_scale) if sweep else [request.guidance_scale]
+        yield from _scales(engine, free, request, known, check, scales)
+    yield _status("ready", False)
 
-# %% ../../nbs/52_explorer.ipynb #26f4dc46
+
+def _scales(engine: Engine, free: Request, request: Request, known: Known, check: Callable[..., None],
+            scales: list[float]) -> Iterator[Message]:
+    "The sweep: the answers at the scale that is looked at, the frames of all, and then the answers of all."
+    left = [(scale, "frame") for scale in scales if scale not in known.scales]
+    left += [(scale, "votes") for scale in scales if scale not in known.votes]
+    left.sort(key=lambda item: item != (request.guidance_scale, "votes"))
+    for i, (scale, kind) in enumerate(left):
+        check()
+        at = replace(free, guidance_scale=scale)
+        if kind == "frame":
+            yield frame_message(engine, request, engine.frame(at, check), scale)
+            known.scales.add(scale)
+        else:
+            yield votes_message(request, engine.votes(at, check), scale)
+            known.votes.add(scale)
+        if i % 4 == 0: yield _status(f"computing all guidance scales: {i + 1} of {len(left)}", True, (i + 1) / len(left))
+
+
+def _status(text: str, busy: bool, part: float | None = None) -> Message:
+    return {"type": "status", "text": text, "busy": busy, "part": part}, []
+
+# %% ../../nbs/52_explorer.ipynb #55c320c9
 HERE = Path(__file__).parent if "__file__" in globals() else Path("../hyperlatent/viz").resolve()
 
 
@@ -174,7 +204,7 @@ class Explorer(anywidget.AnyWidget):
     ):
         self.engine, self.sweep, self.known, self.last_error = engine, sweep, Known(), ""
         super().__init__(settings=asdict(Request.of(settings)))
-        engine.say = lambda line: self.send({"type": "status", "text": line, "busy": True, "part": None})
+        engine.say = lambda line: self.send(*_status(line, True))
         self.worker = Latest(self._work)
         self.on_msg(self._receive)
         self.observe(lambda change: self.worker.give(change.new), "settings")
@@ -185,7 +215,7 @@ class Explorer(anywidget.AnyWidget):
             self.worker.give(self.settings)
         if message.get("type") == "stop":
             self.worker.give(None)
-            self.send({"type": "status", "text": "stopped", "busy": False, "part": None})
+            self.send(*_status("stopped", False))
 
     def _work(self, item, outdated) -> None:
         try:
@@ -198,13 +228,14 @@ class Explorer(anywidget.AnyWidget):
             self.last_error = str(error) if isinstance(error, HyperLatentError) else f"{type(error).__name__}: {error}"
             if not isinstance(error, HyperLatentError): logging.getLogger(__name__).exception("the explorer failed")
             self.send({"type": "error", "text": self.last_error})
-            self.send({"type": "status", "text": "", "busy": False, "part": None})
+            self.send(*_status("", False))
 
-# %% ../../nbs/52_explorer.ipynb #e793e2a0
+# %% ../../nbs/52_explorer.ipynb #c5a1d901
 def export_html(engine: Engine, path: str | Path, **settings) -> None:
     "Write one question's sweep as a single HTML file that needs neither kernel nor network. Raises `HyperLatentError`."
     request = Request.of(settings)
     data = []
+    engine.complete(engine.ask(request.question))
     for message, buffers in messages(engine, request, Known()):
         if message["type"] == "scene": message = message | {"choices": []}
         if message["type"] != "status": data.append([message, [base64.b64encode(b).decode() for b in buffers]])

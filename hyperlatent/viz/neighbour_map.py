@@ -18,7 +18,7 @@ from ..artifacts import load_artifact, save_artifact
 from ..errors import HyperLatentError
 from ..files import fingerprint
 
-# %% ../../nbs/39_neighbour_map.ipynb #1c06d67b
+# %% ../../nbs/39_neighbour_map.ipynb #47b4c3d3
 @dataclass(frozen=True)
 class NeighbourMap:
     "Some latents and their places on a UMAP."
@@ -57,7 +57,8 @@ class NeighbourMap:
         inputs, folder = {"latents": fingerprint({"latents": latents.detach().cpu().contiguous()})}, Path(folder)
         if (folder / "artifact.json").exists():
             artifact = load_artifact(folder, "umap")
-            if artifact.inputs == inputs: return cls(**artifact.tensors, **artifact.metrics)  # type: ignore[arg-type]
+            if artifact.inputs == inputs:
+                return cls(artifact.tensors["latents"], artifact.tensors["places"], float(artifact.metrics["trustworthiness"]))
         found = cls.fit(latents, say=say)
         save_artifact(folder, "umap", dict(latents=found.latents, places=found.places), inputs=inputs,
                       metrics=dict(trustworthiness=found.trustworthiness))
@@ -66,10 +67,10 @@ class NeighbourMap:
     @property
     def labels(self) -> tuple[str, str]:
         "What to write on the axes."
-        return f"UMAP of the zoo (trustworthiness {self.trustworthiness:.2f})", "UMAP, second axis"
+        return f"UMAP (trustworthiness {self.trustworthiness:.2f})", "UMAP, second axis"
 
     def project(self, latents: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows 2"]:
-        "The places of latents, among those of their nearest neighbours."
+        "The places of latents: their own if they were fitted, and else among those of their nearest neighbours."
         flat = latents.detach().float().cpu().flatten(0, -2)
         return _among(flat, self.latents, self.places, self.neighbours).view(*latents.shape[:-1], 2)
 
@@ -80,6 +81,8 @@ class NeighbourMap:
 
 def _among(points: Tensor, known: Tensor, values: Tensor, k: int) -> Tensor:
     "The average of the values of the `k` nearest known points; weights fall to zero at the distance of the furthest."
-    near, index = torch.cdist(points, known).topk(min(k, len(known)), largest=False)
+    distance = torch.cdist(points, known, compute_mode="donot_use_mm_for_euclid_dist")  # exact: the same point has distance zero
+    near, index = distance.topk(min(k, len(known)), largest=False)
     weight = (1 - near / near[:, -1:].clamp_min(1e-12)).clamp_min(1e-3)
+    weight = torch.where(near[:, :1] == 0, (near == 0).float(), weight)  # nothing needs guessing there
     return ((weight / weight.sum(1, keepdim=True))[..., None] * values[index]).sum(1)

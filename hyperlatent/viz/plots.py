@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'VERMILION', 'PURPLE', 'STYLE', 'REFERENCES', 'KIND_COLORS',
-           'save_figure', 'plot_guidance_scale', 'accuracy_along', 'plot_trajectories']
+           'save_figure', 'plot_guidance_scale', 'accuracy_along', 'plot_trajectories', 'trajectory_figure', 'draw_zoo',
+           'marker_legend']
 
-# %% ../../nbs/40_plots.ipynb #b6e7dba3
+# %% ../../nbs/40_plots.ipynb #f69cc46c
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def _name_lines(ax, lines: list[tuple[float, str, str]]):
         ax.annotate(f"{name} {y:.1f}", (1, y), (1.04, place), xycoords=("axes fraction", "data"), va="center", color=BLACK,
                     fontsize=9, annotation_clip=False, arrowprops=dict(arrowstyle="-", color=color, linewidth=1.5))
 
-# %% ../../nbs/40_plots.ipynb #111536b0
+# %% ../../nbs/40_plots.ipynb #af440143
 @torch.no_grad()
 def accuracy_along(
     trajectory: Trajectory,
@@ -109,7 +110,7 @@ def accuracy_along(
     chunks = path.flatten(0, 1).split(max(1, max_rows // len(batch)))
     return torch.cat([accuracy(chunk) for chunk in chunks]).view(path.shape[:3])
 
-# %% ../../nbs/40_plots.ipynb #4451606c
+# %% ../../nbs/40_plots.ipynb #9af3e9e8
 KIND_COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
 
 
@@ -124,6 +125,12 @@ def plot_trajectories(
 
     Raises `HyperLatentError` if accuracies do not belong to their trajectory.
     """
+    return trajectory_figure(plane, zoo_points, zoo_kinds, trajectories, columns)[0]
+
+
+def trajectory_figure(plane: Plane, zoo_points: Tensor, zoo_kinds: Sequence[str], trajectories: Sequence[tuple[str, Trajectory, Tensor]],
+                      columns: int = 3):
+    "The figure of `plot_trajectories`, and a function that draws all paths up to a share (from 0 to 1) of their steps."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -138,17 +145,17 @@ def plot_trajectories(
         figure = Figure(figsize=(0.8 + 2.9 * columns, 0.9 + height * rows), layout="constrained")
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for ax in axes.flat[len(paths):]: ax.remove()
-        for ax, title, path, color in zip(axes.flat, titles, paths, colors):
-            _draw_zoo(ax, zoo, zoo_kinds)
-            lines = _draw_chains(ax, path, 100 * color, scale)
+        for ax, title in zip(axes.flat, titles):
+            draw_zoo(ax, zoo, zoo_kinds)
             ax.set(title=title, xlim=limits[0], ylim=limits[1], aspect="equal")
-        figure.colorbar(lines, ax=axes, label="accuracy along the path (%)", shrink=0.8, aspect=30)
+        chains = [_Chains(ax, path, 100 * color, scale) for ax, path, color in zip(axes.flat, paths, colors)]
+        figure.colorbar(chains[0].lines, ax=axes, label="accuracy along the path (%)", shrink=0.8, aspect=30)
         figure.supxlabel(f"first principal component of the zoo ({100 * plane.share[0]:.0f} % of the variance)", fontsize=10)
         figure.supylabel(f"second ({100 * plane.share[1]:.0f} %)", fontsize=10)
-        figure.legend(*_legend(axes[0, 0]), loc="outside upper center", ncols=7, frameon=False, handletextpad=0.2)
-    return figure
+        figure.legend(*marker_legend(axes[0, 0]), loc="outside upper center", ncols=7, frameon=False, handletextpad=0.2)
+    return figure, lambda share: [one.show(share) for one in chains]
 
-# %% ../../nbs/40_plots.ipynb #de49f53d
+# %% ../../nbs/40_plots.ipynb #8770b208
 def _segments(plane: Plane, trajectory: Trajectory, accuracy: Tensor) -> tuple[Tensor, Tensor]:
     "Paths (point, chain, 2) and their accuracies (step, chain); one accuracy per step serves all chains."
     path = plane.project(trajectory.z).flatten(1, -2).cpu()
@@ -168,28 +175,38 @@ def _limits(zoo: Tensor, path: Tensor) -> tuple[list[tuple[float, float]], float
     return list(zip((low - margin).tolist(), (high + margin).tolist())), height / width
 
 
-def _draw_zoo(ax, points: Tensor, kinds: Sequence[str]):
-    kinds_of = list(dict.fromkeys(kinds))
-    for kind, color in zip(kinds_of, KIND_COLORS * len(kinds_of)):
+def draw_zoo(ax, points: Float[Tensor, "row 2"], kinds: Sequence[str], order: Sequence[str] = ()):
+    "Points in the colour of their kind, on a matplotlib axis. The colours follow `order`, or else what comes first."
+    names = list(dict.fromkeys([*order, *kinds]))
+    for kind, color in zip(names, KIND_COLORS * len(names)):
         chosen = points[[k == kind for k in kinds]]
         ax.scatter(*chosen.T, s=7, color=color, alpha=0.4, linewidths=0, label=kind or "zoo", rasterized=True)
 
 
-def _draw_chains(ax, path: Tensor, color: Tensor, scale: dict):
+class _Chains:
     "Lines coloured by accuracy over a white edge, with a ring at the start and a dot at the end of each."
-    from matplotlib.collections import LineCollection
+    def __init__(self, ax, path: Tensor, color: Tensor, scale: dict):
+        from matplotlib.collections import LineCollection
 
-    segments = list(torch.stack([path[:-1], path[1:]], -2).flatten(0, 1).numpy())
-    ax.add_collection(LineCollection(segments, colors="white", linewidths=3.8, capstyle="round"))
-    lines = LineCollection(segments, array=color.flatten(), cmap="cividis", linewidths=2, capstyle="round", zorder=3)
-    lines.set_clim(**scale)
-    ax.add_collection(lines)
-    ax.scatter(*path[0].T, s=14, facecolors="white", edgecolors=BLACK, linewidths=0.8, zorder=4, label="start")
-    ax.scatter(*path[-1].T, s=16, facecolors=BLACK, edgecolors="white", linewidths=0.6, zorder=5, label="end")
-    return lines
+        self.path, self.color = path, color
+        self.edge = LineCollection([], colors="white", linewidths=3.8, capstyle="round")
+        self.lines = LineCollection([], cmap="cividis", linewidths=2, capstyle="round", zorder=3)
+        self.lines.set_clim(**scale)
+        for lines in (self.edge, self.lines): ax.add_collection(lines)
+        ax.scatter(*path[0].T, s=14, facecolors="white", edgecolors=BLACK, linewidths=0.8, zorder=4, label="start")
+        self.end = ax.scatter(*path[-1].T, s=16, facecolors=BLACK, edgecolors="white", linewidths=0.6, zorder=5, label="end")
+        self.show(1.0)
+
+    def show(self, share: float):
+        "Up to a share of the steps."
+        steps = round(share * len(self.color))
+        segments = list(torch.stack([self.path[:steps], self.path[1:steps + 1]], -2).flatten(0, 1).numpy())
+        for lines in (self.edge, self.lines): lines.set_segments(segments)
+        self.lines.set_array(self.color[:steps].flatten().numpy())
+        self.end.set_offsets(self.path[steps].numpy())
 
 
-def _legend(ax) -> tuple[list, list[str]]:
+def marker_legend(ax) -> tuple[list, list[str]]:
     "The panel's markers, those of the zoo larger and not as faint as they are there."
     from matplotlib.lines import Line2D
 
