@@ -1581,6 +1581,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                           'hyperlatent.viz.explorer.Latest': ('explorer.html#latest', 'hyperlatent/viz/explorer.py'),
                                           'hyperlatent.viz.explorer.Latest.__init__': ( 'explorer.html#latest.__init__',
                                                                                         'hyperlatent/viz/explorer.py'),
+                                          'hyperlatent.viz.explorer.Latest._overtaken': ( 'explorer.html#latest._overtaken',
+                                                                                          'hyperlatent/viz/explorer.py'),
                                           'hyperlatent.viz.explorer.Latest._run': ( 'explorer.html#latest._run',
                                                                                     'hyperlatent/viz/explorer.py'),
                                           'hyperlatent.viz.explorer.Latest.give': ( 'explorer.html#latest.give',

@@ -263,7 +263,7 @@ def test_a_new_question_shows_something_soon(lab):
             busy = !root.querySelector('progress').hidden && root.querySelector('[role=status]').textContent !== ''; })""", question)
         assert at_once
         times.append(took)
-        lab.wait_for_function("() => document.querySelector('.hl-explorer .strip img').src.startsWith('blob:')")
+        lab.wait_for_function("() => document.querySelector('.hl-explorer .strip img')?.src.startsWith('blob:')")
         assert lab.evaluate("() => document.querySelectorAll('.hl-explorer .strip li').length") == 8
     median, _ = report("a new question's first paths", times)
     assert median < 300 * slack()
@@ -436,7 +436,8 @@ def test_no_curve_crosses_a_name(browser, folder):
         page.wait_for_selector(".hl-explorer[data-shown='1.5']")
         page.wait_for_timeout(200)
         names.append(page.evaluate("""() => [...document.querySelectorAll('.hl-explorer .chart canvas')].map(canvas => {
-            const g = canvas.getContext('2d'), r = window.devicePixelRatio, cut = (...box) => [...g.getImageData(...box.map(x => x * r)).data];
+            const g = canvas.getContext('2d'), r = window.devicePixelRatio;
+            const cut = (...box) => [...g.getImageData(...box.map(x => x * r)).data];
             const pixels = [...cut(50, 0, canvas.clientWidth - 50, 19), ...cut(canvas.clientWidth - 98, 0, 98, canvas.clientHeight)];
             return [pixels.join(), pixels.filter(x => x < 128).length]; })"""))
         assert page.wrong == []

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ class Latest:
             self.idle.clear()
             self._new.notify()
 
+    def _overtaken(self, generation: int) -> bool:
+        return self._generation != generation
+
     def _run(self) -> None:
         while True:
             with self._new:
@@ -51,7 +55,7 @@ class Latest:
                     self.idle.set()
                     self._new.wait()
                 (item,), generation, self._item = self._item, self._generation, None
-            if item is not None: self.work(item, lambda current=generation: self._generation != current)
+            if item is not None: self.work(item, partial(self._overtaken, generation))
 
 # %% ../../nbs/52_explorer.ipynb #1a5653ae
 Message = tuple[dict[str, Any], list[bytes]]

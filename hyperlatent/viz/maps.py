@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import HyperLatentError
-from .plots import BLACK, KIND_COLORS, STYLE, VERMILION, draw_zoo, marker_legend
+from .plots import BLACK, STYLE, VERMILION, draw_zoo, marker_legend
 
 # %% ../../nbs/50_maps.ipynb #f9b1b163
 def kind_purity(
