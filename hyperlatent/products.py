@@ -15,5 +15,7 @@ from torch.nn import functional as F
 def product(x: Float[Tensor, "*row in"], matrix: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> Tensor:
     "`x @ matrix.T + bias` by the fastest route of this device; it has no gradient."
     if x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return torch.ops.mkldnn._linear_pointwise(x.detach(), matrix.detach(), None if bias is None else bias.detach(), "none", [], "")
+        try:
+            return torch.ops.mkldnn._linear_pointwise(x.detach(), matrix.detach(), None if bias is None else bias.detach(), "none", [], "")
+        except RuntimeError: pass  # under a tight limit of memory oneDNN gives up where the plain product still fits
     with torch.no_grad(): return F.linear(x, matrix, bias)

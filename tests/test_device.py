@@ -67,7 +67,7 @@ class Factories(TorchDispatchMode):
 def gpu():
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is made on the CPU and then moved, where we see it
     try:
-        with Factories(): yield SimpleNamespace(device=GPU, autocast=nullcontext, trackers=[])
+        with Factories(): yield SimpleNamespace(device=GPU, autocast=nullcontext, trackers=[], process_index=0, num_processes=1)
     finally: torch._C._set_only_lift_cpu_tensors(False)
 
 
@@ -113,7 +113,7 @@ def test_every_stage_stays_on_its_device(gpu, method):
     """And what comes out is what comes out on the CPU."""
     lots = torch.Generator().manual_seed(0)
     tasks, base = random_tasks(6, 8, lots), CLIPAdapter(8, hidden=4)
-    on_cpu = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, trackers=[])
+    on_cpu = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, trackers=[], process_index=0, num_processes=1)
     assert chain(gpu, base, tasks.to(GPU), method) == chain(on_cpu, base, tasks, method)
 
 
@@ -147,6 +147,6 @@ def other_methods(accelerator, base, tasks):
 def test_the_other_methods_stay_on_their_device(gpu):
     lots = torch.Generator().manual_seed(0)
     tasks, base = random_tasks(6, 8, lots), CLIPAdapter(8, hidden=4)
-    on_cpu = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, trackers=[])
+    on_cpu = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, trackers=[], process_index=0, num_processes=1)
     # Adam magnifies the last bits of gradients near zero
     assert other_methods(gpu, base, tasks.to(GPU)) == pytest.approx(other_methods(on_cpu, base, tasks), rel=0.05)

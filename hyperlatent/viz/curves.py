@@ -32,7 +32,7 @@ class Curve:
         name: str,
         x: Sequence[float],
         values: Sequence[Float[Tensor, "task"]],  # one for each x
-        factor: float = 1.0,  # 100 for percent
+        factor: float | int = 1.0,  # 100 for percent
     ) -> "Curve":
         "The mean over tasks at every x, with its 95 % bootstrap interval."
         if len(x) != len(values):
