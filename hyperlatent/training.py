@@ -101,7 +101,8 @@ class _Run:
         decay = [p for p in model.parameters() if p.ndim > 1]
         rest = [p for p in model.parameters() if p.ndim <= 1]
         groups = [dict(params=decay, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=True)
+        fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.betas[0], config.betas[1]), fused=fused)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
         # a copy: one training's scale of the gradients (float16) is nothing to the next
         self.scaler: Any = copy.deepcopy(getattr(accelerator, "scaler", None))

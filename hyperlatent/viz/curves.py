@@ -30,7 +30,7 @@ class Curve:
     @classmethod
     def over_tasks(cls,
         name: str,
-        x: Sequence[float],
+        x: Sequence[float | int],
         values: Sequence[Float[Tensor, "task"]],  # one for each x
         factor: float | int = 1.0,  # 100 for percent
     ) -> "Curve":
@@ -38,7 +38,7 @@ class Curve:
         if len(x) != len(values):
             raise HyperLatentError(f"the curve {name!r} has {len(x)} places and {len(values)} values", "Give one for each place")
         rows = [factor * value.detach().cpu().float() for value in values]
-        return cls(name, list(x), [row.mean().item() for row in rows], [bootstrap_interval(row) for row in rows])
+        return cls(name, [float(place) for place in x], [row.mean().item() for row in rows], [bootstrap_interval(row) for row in rows])
 
 
 @dataclass(frozen=True)
