@@ -23,8 +23,8 @@ from .plots import BLACK, BLUE, GREEN, PURPLE, SKY, STYLE, VERMILION
 class Curve:
     "Numbers over other numbers, with an interval around each if there is one."
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float | int]
+    y: Sequence[float | int]
     interval: Sequence[tuple[float, float]] = ()  # lowest and highest, one for each x
 
     @classmethod
@@ -46,7 +46,7 @@ class Panel:
     "Curves that share an axis, and levels to compare them with."
     label: str  # of the vertical axis
     curves: Sequence[Curve]
-    levels: Mapping[str, float] = field(default_factory=dict)  # horizontal lines: name and height
+    levels: Mapping[str, Any] = field(default_factory=dict)  # horizontal lines: name and height
     title: str = ""
 
 # %% ../../nbs/50_curves.ipynb #78c3270b
