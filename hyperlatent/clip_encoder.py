@@ -156,7 +156,8 @@ class CLIPEncoder:
     dim = property(lambda self: self.architecture["embed_dim"], doc="Numbers in a feature.")
     device = property(lambda self: next(self.model.parameters()).device)
     token_ids = property(lambda self: self.tokenizer.token_ids, doc="Of a vocabulary that is cut down, else None.")
-    word_vectors = property(lambda self: self.model.token_embedding.weight.detach(), doc="The text tower's input: (token, width).")
+    # on the CPU, as all features are
+    word_vectors = property(lambda self: self.model.token_embedding.weight.detach().cpu(), doc="The text tower's input: (token, width).")
 
     def to(self, device: str | torch.device) -> "CLIPEncoder":
         "Move the model to `device`."

@@ -150,3 +150,26 @@ def test_the_other_methods_stay_on_their_device(gpu):
     on_cpu = SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext, trackers=[], process_index=0, num_processes=1)
     # Adam magnifies the last bits of gradients near zero
     assert other_methods(gpu, base, tasks.to(GPU)) == pytest.approx(other_methods(on_cpu, base, tasks), rel=0.05)
+
+
+def comparison(accelerator, tasks, out):
+    """All methods and studies of `hyperlatent reproduce` in miniature; every score that they leave."""
+    from hyperlatent.chain import Chain
+    from hyperlatent.reproduce_rows import Judge
+    from hyperlatent.reproduce_settings import reproduce_preset
+    from hyperlatent.reproduce_training import shortened, train_all
+
+    config = shortened(reproduce_preset("scenes-quick"), 2)
+    config = replace(config, compare=replace(config.compare, samplers=(("ddim", 10), ("ddpm", 20))))
+    chain = Chain(out, config, tasks, accelerator, False, lambda line: None)
+    judge = Judge(chain, train_all(chain))
+    judge.test(judge.validate())
+    return sorted(path.name for path in out.glob("scores_*"))
+
+
+def test_the_whole_comparison_stays_on_its_device(gpu, tmp_path):
+    from hyperlatent.data.prepare import prepare
+    from hyperlatent.settings import ScenesConfig
+
+    tasks = prepare(ScenesConfig(num_tasks=60, pictures_per_task=20), device=GPU, cache=tmp_path / "cache", progress=False)
+    assert len(comparison(gpu, tasks.to(GPU), tmp_path / "run")) == 7
