@@ -179,11 +179,11 @@ def test_another_encoder_is_refused(pipe):
 @pytest.mark.parametrize("dim", [160, 7])
 def test_a_run_whose_questions_were_encoded_otherwise_is_refused(dim):
     """CLIP's text features, or a language model's: a shipped pipeline could not read a new question."""
-    from hyperlatent.run_parts import _question_encoder
+    from hyperlatent.run_parts import question_encoder_of
 
     tasks = random_tasks(4, dim, lots())
     with pytest.raises(EncoderError, match="were not encoded by the word vectors.*Only runs whose questions were"):
-        _question_encoder(load_encoder("scenes", device="cpu"), tasks)
+        question_encoder_of(load_encoder("scenes", device="cpu"), tasks)
 
 
 # ---- foreign and damaged folders
