@@ -1,5 +1,6 @@
 """The pipeline from outside: what is shipped, how fast it starts, and whatever a user or a stranger's folder may bring."""
 
+import gc
 import json
 import os
 import resource
@@ -194,6 +195,18 @@ def small(pipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "pipeline"
     pipe.save_pretrained(folder, torch.int8)
     return folder
+
+
+def test_a_dropped_pipeline_is_gone_at_once(small):
+    """Each one once brought its own tokenizer, 15 MB in a cycle of references that stayed until Python looked for such."""
+    HyperLatentPipeline.from_pretrained(small)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3): HyperLatentPipeline.from_pretrained(small)
+        assert gc.collect() < 1000
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["artifact.json", "pipeline.json", "background.json", "weights.safetensors"])
