@@ -1733,6 +1733,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'hyperlatent/word_table.py'),
                                         'hyperlatent.word_table.WordTable.of': ( 'word_table.html#wordtable.of',
                                                                                  'hyperlatent/word_table.py'),
+                                        'hyperlatent.word_table._tokenizer': ('word_table.html#_tokenizer', 'hyperlatent/word_table.py'),
                                         'hyperlatent.word_table.simple_tokenizer': ( 'word_table.html#simple_tokenizer',
                                                                                      'hyperlatent/word_table.py')},
             'hyperlatent.zoo': { 'hyperlatent.zoo.Zoo': ('zoo.html#zoo', 'hyperlatent/zoo.py'),

@@ -48,9 +48,10 @@ class Chain:
         # the main process decides for all; what it raises ends the others too
         current = agreed(self.share.main and artifact_is_current(folder, name, settings, inputs), self.share)
         made = None if current else make(checkpoint)
-        if made and self.share.main:
+        if self.share.main:
             self.out.mkdir(parents=True, exist_ok=True)
             remove_stale(folder, age=0.0)  # of runs that were killed while writing: nobody else writes here now
+        if made and self.share.main:
             save_artifact(folder, name, made.tensors, config=settings, inputs=inputs, metrics=made.metrics, documents=made.documents)
         if self.share.main: remove_checkpoints(checkpoints, name)  # also of a run that was stopped just after the stage was complete
         remark = f"{time.perf_counter() - start:6.1f} s   {made.remark}" if made else "reused"
@@ -83,6 +84,7 @@ class Made:
 
 
 def remove_checkpoints(folder: Path, name: str) -> None:
-    "Remove all checkpoints of a stage that is complete, and the folder with the last of them."
-    for path in [*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*")]: path.unlink()
+    "Remove all checkpoints of a stage that is complete, also half-written ones, and the folder with the last of them."
+    for dots in ("", ".", ".."):  # one before the checkpoint before the last, one before what is being written
+        for path in [*folder.glob(f"{dots}{name}-*")]: path.unlink(missing_ok=True)
     if folder.exists() and not any(folder.iterdir()): folder.rmdir()

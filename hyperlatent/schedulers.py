@@ -57,7 +57,10 @@ def make_scheduler(
     common: dict[str, Any] = dict(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule,
                   prediction_type=prediction_type,
                   timestep_spacing="leading" if prediction_type == "epsilon" else "trailing")
-    return getattr(diffusers, class_name)(**common | ours | options)
+    try: return getattr(diffusers, class_name)(**common | ours | options)
+    except (NotImplementedError, TypeError, ValueError) as e:  # what a file says, or an option, can be anything
+        raise HyperLatentError(f"diffusers makes no {class_name} with these settings: {str(e).partition(chr(10))[0]}",
+                               "Choose num_train_timesteps, beta_schedule and options that it has") from e
 
 # %% ../nbs/30_schedulers.ipynb #68fd1374
 def check_scheduler(

@@ -6,7 +6,9 @@
 __all__ = ['simple_tokenizer', 'WordTable']
 
 # %% ../nbs/10_word_table.ipynb #c5b6a5db
+import copy
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +21,13 @@ from .errors import EncoderError
 # %% ../nbs/10_word_table.ipynb #9df70880
 def simple_tokenizer(context_length: int = 77):
     "open_clip's own byte-pair tokenizer, loaded without the rest of open_clip. Raises `EncoderError` if it is not installed."
+    tokenizer = copy.copy(_tokenizer())
+    tokenizer.context_length = context_length
+    return tokenizer
+
+
+@cache
+def _tokenizer():
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise EncoderError("open_clip is not installed", "pip install open_clip_torch")
@@ -27,7 +36,7 @@ def simple_tokenizer(context_length: int = 77):
         raise EncoderError("this open_clip has no tokenizer.py", "pip install --upgrade open_clip_torch")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.SimpleTokenizer(context_length=context_length)
+    return module.SimpleTokenizer()
 
 # %% ../nbs/10_word_table.ipynb #6a50d4fb
 class WordTable:

@@ -18,20 +18,21 @@ SCRIPT = "import sys; from hyperlatent.cli import main; sys.exit(main())"
 
 
 def stopped_at_first_new_write(arguments: list[str], with_signal: int, record: Path) -> int:
-    """Run, and send ourselves the signal as soon as something is written that `record` does not list yet.
+    """Run, and send ourselves the signal at the first moment of a write that `record` does not list yet.
 
-    SIGKILL comes just before the written file is renamed into place, SIGINT just after; a checkpoint is always renamed.
+    SIGKILL comes just before the written file is renamed into place, and another time just after; SIGINT just after.
     """
-    move, seen = hyperlatent.files._move, record.read_text().split() if record.exists() else []
+    move, seen = hyperlatent.files._move, record.read_text().splitlines() if record.exists() else []
+
+    def moment(name):
+        if name in seen: return
+        with open(record, "a") as file: file.write(f"{name}\n")
+        os.kill(os.getpid(), with_signal)
 
     def stop(temporary, path):
-        if path.name in seen:
-            return move(temporary, path)
-        with open(record, "a") as file:
-            file.write(f"{path.name}\n")
-        if with_signal == signal.SIGINT or path.parent.name == ".checkpoints":
-            move(temporary, path)
-        os.kill(os.getpid(), with_signal)
+        if with_signal == signal.SIGKILL: moment(f"before {path.name}")
+        move(temporary, path)
+        moment(path.name)
 
     hyperlatent.files._move = stop
     return main(arguments)
@@ -43,17 +44,20 @@ def test_stopped_at_every_write(with_signal, demo, tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("HYPERLATENT_CACHE", str(tmp_path / "cache"))
     out, record, stderr = tmp_path / "out", tmp_path / "record", tmp_path / "stderr"
     arguments = ["demo", "--out", str(out), "--config", str(tiny)]
-    for _ in range(30):
+    for _ in range(60):
         status = forked(lambda: stopped_at_first_new_write(arguments, with_signal, record), stderr)
         if status == 0:
             break
         assert status == (130 if with_signal == signal.SIGINT else -9), stderr.read_text()
         if with_signal == signal.SIGINT:
             assert stderr.read_text() == "interrupted: run the same command again to go on from here\n"
-    stopped_at = record.read_text().split()
+    stopped_at = record.read_text().splitlines()
     assert {"config.json", "objects", "tasks", "multitask", "hnet", "zoo", "hyperclip", "hyperldm", "evaluate",
             "results.json", "guidance_scale.png", "trajectories.png"} <= set(stopped_at)  # fmt: skip
-    assert sum(name.endswith(".safetensors") for name in stopped_at) == 4  # a checkpoint of each training
+    checkpoints = [name for name in stopped_at if name.endswith(".safetensors")]
+    assert len({name.split()[-1] for name in checkpoints}) == 4  # a checkpoint of each training
+    assert with_signal == signal.SIGINT or len(stopped_at) == 2 * len({name.split()[-1] for name in stopped_at})
+    assert sum(name.endswith(".previous") for name in stopped_at) == len(checkpoints)
     assert status == 0 and leftovers(out) == []
     for name in "results.json", "config.json":
         assert (out / name).read_bytes() == (tmp_path / "never stopped" / name).read_bytes()

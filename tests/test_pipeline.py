@@ -1,5 +1,6 @@
 """The pipeline from outside: what is shipped, how fast it starts, and whatever a user or a stranger's folder may bring."""
 
+import gc
 import json
 import os
 import resource
@@ -179,11 +180,11 @@ def test_another_encoder_is_refused(pipe):
 @pytest.mark.parametrize("dim", [160, 7])
 def test_a_run_whose_questions_were_encoded_otherwise_is_refused(dim):
     """CLIP's text features, or a language model's: a shipped pipeline could not read a new question."""
-    from hyperlatent.run_parts import _question_encoder
+    from hyperlatent.run_parts import question_encoder_of
 
     tasks = random_tasks(4, dim, lots())
     with pytest.raises(EncoderError, match="were not encoded by the word vectors.*Only runs whose questions were"):
-        _question_encoder(load_encoder("scenes", device="cpu"), tasks)
+        question_encoder_of(load_encoder("scenes", device="cpu"), tasks)
 
 
 # ---- foreign and damaged folders
@@ -194,6 +195,18 @@ def small(pipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small") / "pipeline"
     pipe.save_pretrained(folder, torch.int8)
     return folder
+
+
+def test_a_dropped_pipeline_is_gone_at_once(small):
+    """Each one once brought its own tokenizer, 15 MB in a cycle of references that stayed until Python looked for such."""
+    HyperLatentPipeline.from_pretrained(small)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3): HyperLatentPipeline.from_pretrained(small)
+        assert gc.collect() < 1000
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["artifact.json", "pipeline.json", "background.json", "weights.safetensors"])
