@@ -7,6 +7,7 @@ __all__ = ['RESULTS', 'SETTINGS', 'FIGURES', 'load_tasks', 'made_network', 'load
            'load_models', 'evaluate', 'opened', 'make_accelerator', 'run', 'finish', 'draw_trajectories']
 
 # %% ../nbs/42_stages.ipynb #ed215a82
+import importlib
 import os
 import textwrap
 import time
@@ -234,6 +235,9 @@ def make_accelerator(config: Config, **options):  # options: of `accelerate.Acce
     "Device and precision of a run. Raises `ConfigError` if this machine does not have them."
     from accelerate import Accelerator
 
+    # its functions have the group of all processes as a default, if there is one when they are imported (as dynamo does): it would
+    # outlive `end_training`, and its threads abort a process that ends while they still hold a tensor
+    if torch.distributed.is_available(): importlib.import_module("torch.distributed.nn.functional")
     # several processes without a GPU are not expected by accelerate unless it is told
     cpu = config.device == "cpu" or (config.device is None and not torch.accelerator.is_available())
     try: accelerator = Accelerator(cpu=cpu, mixed_precision=config.mixed_precision, **options)
