@@ -20,6 +20,7 @@ from .config import load_config, to_dict
 from .data.prepare import locked
 from .errors import ConfigError, HyperLatentError
 from .files import read_json, remove_stale, write_json, written_whole
+from .ranges import check_ranges
 from .reproduce_results import collect, latex, markdown, summary
 from .reproduce_rows import Judge
 from .reproduce_settings import ReproduceConfig
@@ -92,6 +93,7 @@ def reproduce(
 ) -> dict[str, Any]:
     "Run, resume or reuse all seeds; write and return the results. Raises `ConfigError` for numbers below 1."
     if min(seeds, workers) < 1: raise ConfigError(f"there are {seeds} seeds and {workers} workers", "Give at least one of each")
+    check_ranges(config)
     out, numbers = Path(os.path.realpath(out)), range(config.seed, config.seed + seeds)
     if config.tasks: config = replace(config, tasks=os.path.abspath(config.tasks))
     with locked(out, wait=False):

@@ -39,6 +39,7 @@ from .memory import bytes_of
 from .meta import train_hnet, train_mnet, validation_batches
 from .plugins import load_plugin, plugins
 from .processes import Share, wait
+from .ranges import check_ranges
 from .settings import Config
 from .tasks import TaskSet
 from .tracking import start_trackers, tracker_options
@@ -202,6 +203,7 @@ def opened(
 ) -> Iterator[Chain]:
     "A chain whose folder is ours and can be written to, with its tasks. Raises `ArtifactError`."
     out, options = Path(os.path.realpath(out)), tracker_options(trackers, Path(os.path.realpath(out)) / "logs")
+    check_ranges(config)
     if config.max_memory: bytes_of(config.max_memory)
     if config.tasks: config = replace(config, tasks=os.path.abspath(config.tasks))  # to be found from any other folder
     accelerator = make_accelerator(config, **options)
