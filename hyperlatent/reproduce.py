@@ -76,8 +76,12 @@ def seed_process(out: str, seed: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    def say(line: str) -> None:
+        sys.stdout.write(f"{line}\n")  # at once: `print` may write the end of a line by itself, and another seed's line come between
+        sys.stdout.flush()
+
     config = load_config(Path(out) / COMPARISON, ReproduceConfig)
-    try: run_seed(seed_folder(Path(out), seed), replace(config, seed=seed), say=lambda line: print(line, flush=True))
+    try: run_seed(seed_folder(Path(out), seed), replace(config, seed=seed), say=say)
     except HyperLatentError as error: sys.exit(f"error: seed {seed}: {error}")
     except KeyboardInterrupt: sys.exit(130)
 

@@ -210,7 +210,7 @@ def opened(
     share = Share.of(accelerator)
     if not share.main: progress, say = False, lambda line: None
     with ExitStack() as held:
-        if share.number > 1: held.callback(accelerator.end_training)  # a process that ends while it is in its group may be aborted
+        held.callback(accelerator.end_training)  # a process that ends while it is in its group, be it alone there, may be aborted
         if share.main:
             held.enter_context(locked(out, wait=False))
             _claim(out, config)
@@ -219,7 +219,6 @@ def opened(
         tasks = load_tasks(config, device=accelerator.device, progress=progress)
         say(f"{'tasks':<12} {time.perf_counter() - start:6.1f} s   {tasks}")
         start_trackers(accelerator, out.name, to_dict(config))
-        if trackers and share.number == 1: held.callback(accelerator.end_training)
         yield Chain(out, config, tasks, accelerator, progress, say)
         wait(share)  # the main process may still be writing
 
