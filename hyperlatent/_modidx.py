@@ -1017,6 +1017,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'hyperlatent.ragged.gather': ('ragged.html#gather', 'hyperlatent/ragged.py'),
                                     'hyperlatent.ragged.random_ranks': ('ragged.html#random_ranks', 'hyperlatent/ragged.py'),
                                     'hyperlatent.ragged.text_key': ('ragged.html#text_key', 'hyperlatent/ragged.py')},
+            'hyperlatent.ranges': { 'hyperlatent.ranges._readable': ('ranges.html#_readable', 'hyperlatent/ranges.py'),
+                                    'hyperlatent.ranges.check_ranges': ('ranges.html#check_ranges', 'hyperlatent/ranges.py')},
             'hyperlatent.rehearsal': { 'hyperlatent.rehearsal.Meter': ('rehearsal.html#meter', 'hyperlatent/rehearsal.py'),
                                        'hyperlatent.rehearsal.Meter.__enter__': ( 'rehearsal.html#meter.__enter__',
                                                                                   'hyperlatent/rehearsal.py'),

@@ -27,6 +27,7 @@ from .data.scenes import COLORS, EMPTY, PLACES, SHAPES, SIZES, random_objects, r
 from .encoders import CONFIG_FILE, SCENES, WEIGHTS_FILE, build_encoder, save_encoder
 from .errors import EncoderError
 from .files import explain_os_errors, write_json, written_whole
+from .ranges import check_ranges
 from .settings import ClipTrainingConfig
 from .training import fit
 
@@ -206,6 +207,7 @@ def train_and_save(
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise EncoderError("train-clip is for one process", "Start it without a launcher")
     folder, config = Path(folder), config or ClipTrainingConfig()
+    check_ranges(config)
     record = _record(folder, to_dict(config))
     if record["scores"] is not None: return record["scores"]
     write_json(folder / TRAINING_FILE, record)

@@ -20,6 +20,7 @@ from .config import load_config, to_dict
 from .data.prepare import locked
 from .errors import ConfigError, HyperLatentError
 from .files import read_json, remove_stale, write_json, written_whole
+from .ranges import check_ranges
 from .reproduce_results import collect, latex, markdown, summary
 from .reproduce_rows import Judge
 from .reproduce_settings import ReproduceConfig
@@ -75,8 +76,12 @@ def seed_process(out: str, seed: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    def say(line: str) -> None:
+        sys.stdout.write(f"{line}\n")  # at once: `print` may write the end of a line by itself, and another seed's line come between
+        sys.stdout.flush()
+
     config = load_config(Path(out) / COMPARISON, ReproduceConfig)
-    try: run_seed(seed_folder(Path(out), seed), replace(config, seed=seed), say=lambda line: print(line, flush=True))
+    try: run_seed(seed_folder(Path(out), seed), replace(config, seed=seed), say=say)
     except HyperLatentError as error: sys.exit(f"error: seed {seed}: {error}")
     except KeyboardInterrupt: sys.exit(130)
 
@@ -92,6 +97,7 @@ def reproduce(
 ) -> dict[str, Any]:
     "Run, resume or reuse all seeds; write and return the results. Raises `ConfigError` for numbers below 1."
     if min(seeds, workers) < 1: raise ConfigError(f"there are {seeds} seeds and {workers} workers", "Give at least one of each")
+    check_ranges(config)
     out, numbers = Path(os.path.realpath(out)), range(config.seed, config.seed + seeds)
     if config.tasks: config = replace(config, tasks=os.path.abspath(config.tasks))
     with locked(out, wait=False):

@@ -7,6 +7,7 @@ __all__ = ['RESULTS', 'SETTINGS', 'FIGURES', 'load_tasks', 'made_network', 'load
            'load_models', 'evaluate', 'opened', 'make_accelerator', 'run', 'finish', 'draw_trajectories']
 
 # %% ../nbs/42_stages.ipynb #ed215a82
+import importlib
 import os
 import textwrap
 import time
@@ -38,6 +39,7 @@ from .memory import bytes_of
 from .meta import train_hnet, train_mnet, validation_batches
 from .plugins import load_plugin, plugins
 from .processes import Share, wait
+from .ranges import check_ranges
 from .settings import Config
 from .tasks import TaskSet
 from .tracking import start_trackers, tracker_options
@@ -201,13 +203,14 @@ def opened(
 ) -> Iterator[Chain]:
     "A chain whose folder is ours and can be written to, with its tasks. Raises `ArtifactError`."
     out, options = Path(os.path.realpath(out)), tracker_options(trackers, Path(os.path.realpath(out)) / "logs")
+    check_ranges(config)
     if config.max_memory: bytes_of(config.max_memory)
     if config.tasks: config = replace(config, tasks=os.path.abspath(config.tasks))  # to be found from any other folder
     accelerator = make_accelerator(config, **options)
     share = Share.of(accelerator)
     if not share.main: progress, say = False, lambda line: None
     with ExitStack() as held:
-        if share.number > 1: held.callback(accelerator.end_training)  # a process that ends while it is in its group may be aborted
+        held.callback(accelerator.end_training)  # a process that ends while it is in its group, be it alone there, may be aborted
         if share.main:
             held.enter_context(locked(out, wait=False))
             _claim(out, config)
@@ -216,7 +219,6 @@ def opened(
         tasks = load_tasks(config, device=accelerator.device, progress=progress)
         say(f"{'tasks':<12} {time.perf_counter() - start:6.1f} s   {tasks}")
         start_trackers(accelerator, out.name, to_dict(config))
-        if trackers and share.number == 1: held.callback(accelerator.end_training)
         yield Chain(out, config, tasks, accelerator, progress, say)
         wait(share)  # the main process may still be writing
 
@@ -234,6 +236,9 @@ def make_accelerator(config: Config, **options):  # options: of `accelerate.Acce
     "Device and precision of a run. Raises `ConfigError` if this machine does not have them."
     from accelerate import Accelerator
 
+    # its functions have the group of all processes as a default, if there is one when they are imported (as dynamo does): it would
+    # outlive `end_training`, and its threads abort a process that ends while they still hold a tensor
+    if torch.distributed.is_available(): importlib.import_module("torch.distributed.nn.functional")
     # several processes without a GPU are not expected by accelerate unless it is told
     cpu = config.device == "cpu" or (config.device is None and not torch.accelerator.is_available())
     try: accelerator = Accelerator(cpu=cpu, mixed_precision=config.mixed_precision, **options)

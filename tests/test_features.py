@@ -208,17 +208,18 @@ def test_leaving_out_keeps_answers_and_labels_together():
 
 def kill_midway(encoder, coco: Path, out: Path, workers: int, shards: int) -> None:
     """Encode slowly in another process, and kill that with SIGKILL once some shards are written."""
+    written = lambda: len(list(out.glob("*.safetensors")))
     pid = os.fork()
     if pid == 0:
         os.setsid()
         try:
-            quick = encoder.encode_images
-            encoder.encode_images = lambda *arguments: (time.sleep(0.05), quick(*arguments))[1]
+            quick, pause = encoder.encode_images, lambda: 0.05 if written() < shards + 3 else 600  # or its end would come first
+            encoder.encode_images = lambda *arguments: (time.sleep(pause()), quick(*arguments))[1]
             encode_pictures(NAMES, [coco], encoder, FeatureStore(out, encoder.contract), batch_size=3, workers=workers)
         finally:
             os._exit(0)
     deadline = time.monotonic() + 60
-    while len(list(out.glob("*.safetensors"))) < shards and time.monotonic() < deadline:
+    while written() < shards and time.monotonic() < deadline:
         time.sleep(0.005)
     os.killpg(pid, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL

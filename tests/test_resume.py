@@ -13,6 +13,7 @@ import torch
 from test_processes import FIT, NAMES, miniature, trainings
 
 import hyperlatent.training
+from hyperlatent.settings import ClipTrainingConfig, FitConfig
 from hyperlatent.training import fit, previous_checkpoint
 
 pytestmark = pytest.mark.xdist_group("resume")
@@ -28,11 +29,25 @@ def in_a_child(function) -> int:
         os._exit(99)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def small_clip(config: FitConfig, monkeypatch):
+    """The training of `hyperlatent train-clip`, validated on one question of each kind."""
+    from hyperlatent import clip_training
+    from hyperlatent.data.scene_questions import ASKED, all_questions
+
+    questions = [next(q for q in all_questions() if q.asked == kind) for kind in ASKED]
+    monkeypatch.setattr(clip_training, "some_questions", lambda: questions)
+    monkeypatch.setattr(clip_training, "held_out_scores", lambda encoder: {})  # of the network that is there at the end
+    settings = ClipTrainingConfig(fit=config, mixed_precision="no", device="cpu")
+    return lambda **options: clip_training.train_clip(settings, **options)[0].model
+
+
+@pytest.mark.parametrize("name", [*NAMES, "small CLIP"])
 def test_killed_at_random_moments(name, tmp_path, monkeypatch):
     every = 3
-    monkeypatch.setattr(test_processes, "FIT", replace(FIT, steps=14, checkpoint_every=every, validate_every=4))
-    learn, file, record = trainings(*miniature())[name], tmp_path / "checkpoint.safetensors", tmp_path / "steps"
+    config = replace(FIT, steps=14, checkpoint_every=every, validate_every=4)
+    monkeypatch.setattr(test_processes, "FIT", config)
+    learn = small_clip(config, monkeypatch) if name == "small CLIP" else trainings(*miniature())[name]
+    file, record = tmp_path / "checkpoint.safetensors", tmp_path / "steps"
     whole = learn(progress=False).state_dict()
     lots, step = random.Random(name), hyperlatent.training._one_step
 

@@ -37,9 +37,10 @@ def locked(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass  # a lock alone would not tell a read-only folder from a busy one
     lock = FileLock(folder / ".lock")
-    try: lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        raise ArtifactError(f"another run is writing to {str(folder)!r}", "Wait for it, or choose another folder") from None
+    with explain_os_errors("write", lock.lock_file):
+        try: lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise ArtifactError(f"another run is writing to {str(folder)!r}", "Wait for it, or choose another folder") from None
     try: yield
     finally: lock.release()
 
