@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from .base import CLIPAdapter
 from .errors import HyperLatentError, TaskError
 from .hub import OnTheHub, find_pipeline
+from .hyperclip import HyperCLIP
+from .hyperldm import Denoiser
+from .hypernet import HNet
 from .pipeline_guides import call_guide, check_options, make_guide
 from .pipeline_inputs import as_count, as_questions, as_seeds, shown
 from .pipeline_parts import Background, PipelineConfig, PipelineParts, load_parts
@@ -66,15 +69,52 @@ class QuestionsToWeights(OnTheHub):
         self._questions: QuestionEncoder | None = None
         if encoder is not None: self._encoder = self._checked(encoder)
 
-    base: CLIPAdapter = property(lambda self: self.parts.base, doc="The network whose weights are chosen.")  # type: ignore[assignment]
-    generator_network = property(lambda self: self.parts.generator_network, doc="Latents to weights.")
-    denoiser = property(lambda self: self.parts.denoiser, doc="HyperLDM.")
-    hyperclip = property(lambda self: self.parts.hyperclip, doc="HyperCLIP.")
-    config: PipelineConfig = property(lambda self: self.parts.config, doc="Defaults of a call.")  # type: ignore[assignment]
-    background: Background = property(lambda self: self.parts.background, doc="Latents of the training questions.")  # type: ignore[assignment]
-    metrics = property(lambda self: self.parts.metrics, doc="What was measured.")
-    device = property(lambda self: self.generator_network.z0.device)
-    dtype = property(lambda self: self.generator_network.z0.dtype)
+    # ---- its parts
+
+    @property
+    def base(self) -> CLIPAdapter:
+        "The network whose weights are chosen."
+        return self.parts.base
+
+    @property
+    def generator_network(self) -> HNet:
+        "Latents to weights."
+        return self.parts.generator_network
+
+    @property
+    def denoiser(self) -> Denoiser:
+        "HyperLDM."
+        return self.parts.denoiser
+
+    @property
+    def hyperclip(self) -> HyperCLIP:
+        "HyperCLIP: weights to the space of questions."
+        return self.parts.hyperclip
+
+    @property
+    def config(self) -> PipelineConfig:
+        "Defaults of a call."
+        return self.parts.config
+
+    @property
+    def background(self) -> Background:
+        "Latents of the training questions."
+        return self.parts.background
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        "What was measured, and on what."
+        return self.parts.metrics
+
+    @property
+    def device(self) -> torch.device:
+        "Where it computes."
+        return self.generator_network.z0.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        "What it computes in."
+        return self.generator_network.z0.dtype
 
     def __repr__(self) -> str:
         return (f"{type(self).__name__}({self.base}, latent_dim={self.generator_network.latent_dim}, encoder={self.config.encoder!r}, "

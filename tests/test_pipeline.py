@@ -97,6 +97,20 @@ def test_first_latents_come_soon_and_without_the_heavy_packages(pipe):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
+def test_few_chains_take_one_thread_and_give_it_back(pipe):
+    """On a busy machine threads wait for each other at every one of hundreds of small products."""
+    seen, threads = [], torch.get_num_threads()
+    look = lambda *step: seen.append(torch.get_num_threads())
+    torch.set_num_threads(3)
+    try:
+        pipe(QUESTION, num_samples=2, num_inference_steps=2, callback_on_step_end=look)
+        pipe([QUESTION] * 20, num_samples=2, num_inference_steps=2, callback_on_step_end=look)
+        one_error(lambda: pipe(QUESTION, num_inference_steps=3))
+        assert seen == [1, 1, 3, 3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ---- there and back
 
 
