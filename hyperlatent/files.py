@@ -103,6 +103,7 @@ def written_whole(
         try:
             yield temporary
             for written in (temporary, *temporary.rglob("*")):
+                _let_others_read(written)
                 _force_to_disk(written)
             _move(temporary, path)
             _force_to_disk(path.parent)
@@ -127,6 +128,16 @@ def _move(temporary, path):
             if getattr(e, "errno", None) not in taken: raise
             _remove(old)
     os.replace(temporary, path)
+
+
+_UMASK = os.umask(0o077)  # what a new file's owner keeps from others; it can only be read by setting it
+os.umask(_UMASK)
+
+
+def _let_others_read(path):
+    "safetensors writes files for their owner alone, and a folder of runs may be shared."
+    with suppress(OSError):  # of a file system that has no such rights
+        if path.is_file(): path.chmod(0o666 & ~_UMASK)
 
 
 def _force_to_disk(path):

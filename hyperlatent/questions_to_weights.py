@@ -30,7 +30,7 @@ from .question_encoder import QuestionEncoder
 from .trajectory import Trajectory
 
 # %% ../nbs/42_questions_to_weights.ipynb #b4ab1b0b
-@dataclass
+@dataclass(repr=False)
 class HyperLatentOutput:
     "What guidance found for some questions."
     questions: list[str]  # one per task
@@ -38,6 +38,10 @@ class HyperLatentOutput:
     latents: Float[Tensor, "sample task latent"]  # what the weights are generated from
     trajectory: Trajectory  # how guidance came to the latents
     seeds: Int[Tensor, "sample task"]  # of every chain: pass them as `seeds` to get the same again
+
+    def __repr__(self) -> str:
+        shapes = f"weights {tuple(self.weights.shape)}, latents {tuple(self.latents.shape)} as (sample, question, ...)"
+        return f"HyperLatentOutput({self.questions if len(self.questions) < 4 else len(self.questions)}: {shapes}, {self.trajectory})"
 
 # %% ../nbs/42_questions_to_weights.ipynb #7a01c3d3
 FEW_CHAINS = 32  # up to here one thread is as fast as several on an idle machine
