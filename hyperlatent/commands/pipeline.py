@@ -33,14 +33,12 @@ class Generate:
     device: str | None = None  # such as cuda; by default the CPU
 
     def run(self) -> None:
-        from hyperlatent.files import written_whole
+        from hyperlatent.files import save_tensors, written_whole
 
         out = self.generate()
-        from safetensors.torch import save_file
-
         about = {"question": self.question, "model": self.model, "guider": self.guider, "seed": str(self.seed)}
-        tensors = {name: getattr(out, name).cpu().contiguous() for name in ("weights", "latents", "seeds")}
-        with written_whole(self.out) as temporary: save_file(tensors, temporary, {"hyperlatent": json.dumps(about)})
+        tensors = {name: getattr(out, name) for name in ("weights", "latents", "seeds")}
+        with written_whole(self.out) as temporary: save_tensors(tensors, temporary, {"hyperlatent": json.dumps(about)})
         print(f"{self.out}: weights {tuple(out.weights.shape)}, latents {tuple(out.latents.shape)} as (sample, question, ...)")
 
     def generate(self) -> Any:
