@@ -271,6 +271,20 @@ def test_any_strange_entry_of_a_wellformed_folder(tiny, tmp_path, data, value):
     one_error(lambda: HyperLatentPipeline.from_pretrained(tmp_path / "strange")(QUESTION, num_samples=1, num_inference_steps=2))
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("part, name, value", [
+    ("denoiser", "n_blocks", 2**31), ("denoiser", "num_train_timesteps", 2**40), ("base", "dim", 2**40),
+    ("generator_network", "hidden", [1] * 10**5), ("hyperclip", "hidden", [-1])])
+def test_no_size_is_believed(tiny, tmp_path, part, name, value):
+    """Without a bound these are built until time or memory ends."""
+    artifact = load_artifact(tiny)
+    documents = json.loads(json.dumps({name: artifact.documents[name] for name in ("pipeline", "background")}))
+    documents["pipeline"]["architectures"][part][name] = value
+    save_artifact(tmp_path / "strange", "pipeline", artifact.tensors, documents=documents)
+    with pytest.raises(ArtifactError, match="is not a size|holds no pipeline"):
+        HyperLatentPipeline.from_pretrained(tmp_path / "strange")
+
+
 def test_older_and_newer_formats_are_refused_by_name(small, tmp_path):
     artifact = load_artifact(small)
     for version in 0, 2:
