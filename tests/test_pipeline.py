@@ -367,8 +367,8 @@ def test_things_that_are_no_pictures(pipe, images):
         pipe.predict(images, QUESTION, ANSWERS, weights=torch.zeros(1, pipe.base.n_weights))
 
 
-def still(latent_dim: int) -> Trajectory:
-    z = torch.zeros(2, 1, 1, latent_dim)
+def still(latent_dim: int, value: float = 0.0) -> Trajectory:
+    z = torch.full((2, 1, 1, latent_dim), value)
     return Trajectory(z, z[:1], torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "still")
 
 
@@ -397,6 +397,7 @@ def still(latent_dim: int) -> Trajectory:
     lambda pipe: pipe.adapt(None),
     lambda pipe: pipe.adapt((torch.ones(2, 192), [0, 9]), QUESTION, ANSWERS),
     lambda pipe: pipe.predict(torch.ones(2, 192), [QUESTION], ANSWERS),
+    lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ["red", "red"]),
     lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, prompts=["one"]),
     lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, prompts=torch.ones(3, 5)),
     lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, weights=torch.full((1, pipe.base.n_weights), torch.nan)),
@@ -417,6 +418,7 @@ def still(latent_dim: int) -> Trajectory:
     lambda pipe: pipe(QUESTION, guider=lambda features: features),
     lambda pipe: pipe(QUESTION, guider=lambda features: still(2)),
     lambda pipe: pipe([QUESTION] * 3, guider=lambda features: still(64)),
+    lambda pipe: pipe(QUESTION, guider=lambda features: still(64, 3e38)),  # the weights are infinite
 ])
 def test_misuse_ends_in_one_error(pipe, make):
     with pytest.raises(HyperLatentError) as caught:
