@@ -31,8 +31,8 @@ from hyperlatent.files import (
     fingerprint_file,
     largest_file,
     read_json,
+    save_tensors,
     to_json,
-    untied,
     write_json,  # noqa: F401  belongs here too, for whoever writes a single file
     write_tensors,  # noqa: F401
     written_whole,
@@ -130,7 +130,7 @@ def _version():
 # %% ../nbs/01_artifacts.ipynb #82c8b290
 def _fill(folder, description, tensors, documents):
     "Write all files of an artifact and complete its description."
-    safetensors.torch.save_file(untied(tensors), folder / _WEIGHTS)
+    save_tensors(tensors, folder / _WEIGHTS)
     for name, text in documents.items():
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
     description["tensors"] = _read_header(folder / _WEIGHTS)

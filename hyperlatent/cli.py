@@ -10,6 +10,7 @@ __all__ = ['Settings', 'COMMANDS', 'Demo', 'Train', 'Evaluate', 'TrainClip', 'Ta
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from . import __version__
 from .commands.bench import Bench
 from .commands.data import Encoders, Prepare
 from .commands.explore import Explore
@@ -137,14 +139,22 @@ def parse(arguments: Sequence[str]):
         command = COMMANDS[arguments[0]]
         default = command(settings=base_settings(arguments[1:], reproduce_preset if command is Reproduce else preset))
         return tyro.cli(command, prog=f"hyperlatent {arguments[0]}", args=list(arguments[1:]), default=default)
-    return tyro.extras.subcommand_cli_from_dict({**COMMANDS}, prog="hyperlatent", args=list(arguments))
+    return tyro.extras.subcommand_cli_from_dict(
+        {**COMMANDS}, prog="hyperlatent", args=list(arguments), config=(tyro.conf.PositionalMetavarFromFieldName,),
+        description='Plain language chooses the weights of a network. To begin: hyperlatent generate "what color is the small star?"')
 
 # %% ../nbs/43_cli.ipynb #7bf208b8
 def main(arguments: Sequence[str] | None = None) -> int:
     "The entry point: 0 if all went well, 1 for an error of ours, 2 for a wrong option (by tyro), 130 when interrupted."
     arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        say(f"hyperlatent {__version__}")
+        return 0
     try:
-        parse(arguments).run()
+        command = parse(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            command.run()
     except HyperLatentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -155,3 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
+
+
+def _warn(message: Warning | str, category: type[Warning], *place, **options) -> None:
+    "A warning to a user is a line as an error is; those that libraries give to programmers keep the place in the code."
+    text = f"warning: {message}\n" if category is UserWarning else warnings.formatwarning(message, category, *place[:2])
+    print(text, file=sys.stderr, end="")

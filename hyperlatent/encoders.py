@@ -23,7 +23,7 @@ from torch import Tensor
 from .clip_contract import CLIPContract  # noqa: F401  belongs here too
 from .clip_encoder import CLIPEncoder, Preprocessing, Tokenizer, activation
 from .errors import EncoderError
-from .files import read_json, untied, write_json, written_whole
+from .files import read_json, save_tensors, write_json, written_whole
 from .model_sizes import check_numbers, check_size
 from .transformers_encoder import is_transformers_folder, load_transformers_encoder
 
@@ -185,4 +185,4 @@ def save_encoder(
     with written_whole(folder) as temporary:
         temporary.mkdir()
         write_json(temporary / CONFIG_FILE, config)
-        safetensors.torch.save_file(untied(tensors), temporary / WEIGHTS_FILE, {"format": "pt"} | words)
+        save_tensors(tensors, temporary / WEIGHTS_FILE, {"format": "pt"} | words)

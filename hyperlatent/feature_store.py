@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Float16
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .clip_contract import Contract
 from .errors import ArtifactError
-from .files import explain_os_errors, fingerprint, write_json, written_whole
+from .files import explain_os_errors, fingerprint, save_tensors, write_json, written_whole
 
 # %% ../nbs/17_feature_store.ipynb #fdef5eab
 class FeatureStore:
@@ -43,7 +42,7 @@ class FeatureStore:
             raise ArtifactError(f"{len(features)} features cannot be stored under {len(set(names))} names", "Give one name each")
         with written_whole(self.folder / f"{fingerprint(list(names))[:24]}.safetensors") as temporary:
             table = {"features": features.detach().to("cpu", torch.float16).contiguous()}
-            save_file(table, temporary, {"names": json.dumps(list(names))})
+            save_tensors(table, temporary, {"names": json.dumps(list(names))})
 
     def where(self) -> dict[str, tuple[Path, int]]:
         "Shard and row of every name that is stored. Raises `ArtifactError` for a damaged shard."

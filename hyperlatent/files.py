@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fingerprint_file', 'explain_os_errors', 'fingerprint', 'to_json', 'plain', 'written_whole', 'remove_stale',
-           'being_replaced', 'write_json', 'write_tensors', 'untied', 'check_file', 'check_inside', 'read_json',
-           'largest_file']
+           'being_replaced', 'write_json', 'write_tensors', 'save_tensors', 'untied', 'check_file', 'check_inside',
+           'read_json', 'largest_file']
 
 # %% ../nbs/00_files.ipynb #9aed8c63
 import dataclasses
@@ -172,8 +172,17 @@ def write_json(path: str | Path, obj: Any):
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]):
     "Write a safetensors file, whole or not at all. Raises `ArtifactError` if the path will not have it."
-    with written_whole(path) as temporary:
-        safetensors.torch.save_file(untied(tensors), temporary)
+    with written_whole(path) as temporary: save_tensors(tensors, temporary)
+
+
+_UMASK = os.umask(0o077)  # what a new file keeps from others; it can only be read by setting it
+os.umask(_UMASK)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None):
+    "What safetensors writes, where others may read it as any new file: a folder of runs may be shared, and it leaves files to their owner."
+    safetensors.torch.save_file(untied(tensors), path, metadata)
+    with suppress(OSError): os.chmod(path, 0o666 & ~_UMASK)  # there are file systems without such rights
 
 
 def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def model_card(parts: PipelineParts, name: str = "scenes") -> str:
         name=name, results=_results(parts.metrics.get("rows", [])), base=parts.base, latent=parts.generator_network.latent_dim,
         questions=len(parts.background.questions), data=parts.metrics.get("data", "not recorded"),
         encoder=parts.config.encoder + (f", weights {parts.config.pretrained}" if parts.config.pretrained else ""),
-        contract="\n".join(f"| {key} | `{str(contract[key])[:120]}` |" for key in sorted(contract)) or "| | not recorded |")
+        contract="\n".join(f"| {key} | `{str(contract[key])[:1000]}` |" for key in sorted(contract)) or "| | not recorded |")
 
 
 def _results(rows: list[dict]) -> str:

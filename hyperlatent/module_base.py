@@ -28,6 +28,7 @@ class ModuleBase:
     """
 
     memory: int = CHUNK  # bytes that the tasks computed at once may take, see `hyperlatent.memory`
+    cache: int = 2**22  # bytes of parameters that a CPU computes with at once, where nothing is kept for a gradient: they stay near it
 
     def __init__(
         self,
@@ -44,7 +45,8 @@ class ModuleBase:
         self.names = _chosen(self.module, parameters)
         self.module.requires_grad_(False)
         own = dict(self.module.named_parameters())
-        self.shapes = [own[name].shape for name in self.names]
+        self.own = {name: own[name] for name in self.names}
+        self.shapes = [p.shape for p in self.own.values()]
         self.sizes = [shape.numel() for shape in self.shapes]
         self.n_weights = sum(self.sizes)
         self.scales = [(scales or {}).get(name, _unit(shape)) for name, shape in zip(self.names, self.shapes)]
@@ -70,10 +72,10 @@ class ModuleBase:
         if weights.shape[1] != self.n_weights:
             raise HyperLatentError(f"there are {weights.shape[1]} weights for a module with {self.n_weights}",
                                    "Use the generator that was trained with this module")
-        own = dict(self.module.to(weights.device).named_parameters())
+        if self.own[self.names[0]].device != weights.device: self.module.to(weights.device)
         changes = weights.split(self.sizes, 1)
-        return {name: torch.add(own[name], change.view(-1, *shape), alpha=scale)
-                for name, change, shape, scale in zip(self.names, changes, self.shapes, self.scales)}
+        return {name: torch.add(p, change.view(-1, *shape), alpha=scale)
+                for (name, p), change, shape, scale in zip(self.own.items(), changes, self.shapes, self.scales)}
 
     def outputs(
         self,
@@ -81,6 +83,10 @@ class ModuleBase:
         inputs: Shaped[Tensor, "task sample *input"],
     ) -> Float[Tensor, "task sample *output"]:
         "What each task's network makes of its inputs."
+        several = max(1, self.cache // (4 * self.n_weights))
+        if weights.is_cpu and several < len(weights) and not (weights.requires_grad and torch.is_grad_enabled()):
+            parts = zip(weights.split(several), inputs.split(several), strict=True)
+            return torch.cat([self.outputs(*part) for part in parts])
         run = lambda own, x: torch.func.functional_call(self.module, own, (x,))
         own = self.parameters(weights)
         if len(weights) == 1: return run({name: x[0] for name, x in own.items()}, inputs[0])[None]  # vmap costs more than a small network

@@ -22,7 +22,21 @@ from .tasks import Samples, Task, TaskBatch, TaskSet
 
 # %% ../nbs/43_pipeline.ipynb #6d38a888
 class HyperLatentPipeline(QuestionsToWeights):
-    "Questions to weights, and what these are good for: `from_pretrained`, a call, `predict`, `infer_task`, `adapt`."
+    """Questions to weights, and what these are good for.
+
+    ```python
+    pipe = HyperLatentPipeline.from_pretrained("scenes")  # shipped; or a folder, or "owner/repository" of the hub
+    out = pipe("what color is the small star?", guidance_scale=1.5, num_samples=8)
+    out.weights, out.latents, out.trajectory, out.seeds  # (sample, question, ...)
+    pipe.predict(images, "what color is the small star?", ["red", "green", "blue"], weights=out)
+    pipe.interpolate("what color is the small star?", "where is the small star?", 5)
+    pipe.infer_task(out, ["what color is the small star?", "where is the small star?"])
+    pipe.adapt((images, labels), "what color is the small star?", ["red", "green", "blue"])
+    pipe.save_pretrained("mine")  # or pipe.push_to_hub("owner/repository")
+    ```
+
+    Raises `HyperLatentError` for whatever is not possible.
+    """
 
     def predict_proba(
         self,

@@ -45,13 +45,20 @@ def start_trackers(
     run: str,  # the run's name, for trackers that show one
     settings: Mapping[str, Any] | None = None,  # a nest of dictionaries
 ) -> None:
-    "Open the trackers' files or connections. Raises `ArtifactError` if the folder cannot be written to."
+    """Open the trackers' files or connections.
+
+    Raises `ArtifactError` if the folder cannot be written to, `ConfigError` if a tracker does not start, for want of an account, say."""
     if not accelerator.log_with: return
     folder = accelerator.logging_dir
     options = {"tensorboard": {"flush_secs": 10}, "wandb": {"name": run, "dir": str(folder)}}
     with explain_os_errors("write", folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers(PROJECT, init_kwargs=options)
+        try: accelerator.init_trackers(PROJECT, init_kwargs=options)
+        except (OSError, KeyboardInterrupt): raise
+        except Exception as e:  # every tracker has its own
+            name, what = " and ".join(map(str, accelerator.log_with)), " ".join(str(e).split())[:200]
+            raise ConfigError(f"{name} cannot start: {type(e).__name__}: {what}",
+                              "Leave --tracker out, log in, or for W&B without an account set WANDB_MODE=offline") from e
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard": tracker.store_init_configuration(flat(settings or {}))
 

@@ -17,7 +17,7 @@ from .artifacts import Artifact, load_artifact, save_artifact
 from .errors import ArtifactError, HyperLatentError
 
 # %% ../nbs/32_trajectory.ipynb #ea6dffc0
-@dataclass
+@dataclass(repr=False)
 class Trajectory:
     "Latents over the steps of guidance, for every sample of every task, in the latents' own units."
     z: Float[Tensor, "points sample task latent"]  # the start, then the latent after every step: step + 1 points
@@ -35,6 +35,11 @@ class Trajectory:
             if value is not None and tuple(value.shape[:3]) != (first, *chains):
                 raise HyperLatentError(f"trajectory field {name!r} has shape {tuple(value.shape)}, which does not "
                                        f"start with {(first, *chains)}", "Give it a row per step, sample and task")
+
+    def __repr__(self) -> str:
+        scale = "" if self.guidance_scale is None else f", guidance_scale={self.guidance_scale}"
+        samples, tasks, latent = self.final.shape
+        return f"Trajectory({self.method}{scale}: {self.num_steps} steps of {samples} samples of {tasks} tasks, {latent} numbers each)"
 
     @property
     def final(self) -> Float[Tensor, "sample task latent"]:

@@ -118,6 +118,17 @@ def test_tensors_stay_valid_while_their_folder_is_replaced(folder):
     assert (before == 1).all() and (load_artifact(folder).tensors["w"] == 9).all()
 
 
+def test_others_may_read_what_they_may_read_elsewhere(folder, tmp_path):
+    """safetensors alone would write files that nobody but their owner can open."""
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+    modes = {path.name: path.stat().st_mode for path in (*folder.iterdir(), tmp_path / "x.safetensors")}
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}, modes
+    (folder / "secret").touch(0o600)
+    save(folder, value=2.0)
+    assert (folder / "secret").stat().st_mode & 0o777 == 0o600  # what somebody keeps beside it stays as it is
+
+
 # --- damage ------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hyperlatent
 from hyperlatent.cli import main
 from hyperlatent.tasks import TaskSet
 
@@ -120,6 +121,7 @@ def test_wrong_config_file(content, named, tmp_path, capsys):
 def test_help_is_quick_and_does_without_torch(command):
     script = """
 import sys, resource
+import hyperlatent
 from hyperlatent.cli import main
 try: main(sys.argv[1:])
 except SystemExit as end: assert not end.code
@@ -255,3 +257,9 @@ def test_stage_of_other_tasks_is_not_loaded(demo, tmp_path):
     (tmp_path / "other" / "zoo").rename(tmp_path / "zoo")
     with pytest.raises(ArtifactError, match="other 'hnet'"):
         load_models(tmp_path)
+
+
+def test_version_and_a_warning_are_a_line(tmp_path, capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"hyperlatent {hyperlatent.__version__}\n"
+    assert main(["generate", "what xylophone is it?", "--out", str(tmp_path / "w.safetensors")]) == 0
+    assert capsys.readouterr().err.startswith("warning: the encoder does not know 'xylophone'")

@@ -98,6 +98,20 @@ def test_first_latents_come_soon_and_without_the_heavy_packages(pipe):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
+def test_few_chains_take_one_thread_and_give_it_back(pipe):
+    """On a busy machine threads wait for each other at every one of hundreds of small products."""
+    seen, threads = [], torch.get_num_threads()
+    look = lambda *step: seen.append(torch.get_num_threads())
+    torch.set_num_threads(3)
+    try:
+        pipe(QUESTION, num_samples=2, num_inference_steps=2, callback_on_step_end=look)
+        pipe([QUESTION] * 20, num_samples=2, num_inference_steps=2, callback_on_step_end=look)
+        one_error(lambda: pipe(QUESTION, num_inference_steps=3))
+        assert seen == [1, 1, 3, 3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 # ---- there and back
 
 
@@ -270,6 +284,20 @@ def test_any_strange_entry_of_a_wellformed_folder(tiny, tmp_path, data, value):
     one_error(lambda: HyperLatentPipeline.from_pretrained(tmp_path / "strange")(QUESTION, num_samples=1, num_inference_steps=2))
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("part, name, value", [
+    ("denoiser", "n_blocks", 2**31), ("denoiser", "num_train_timesteps", 2**40), ("base", "dim", 2**40),
+    ("generator_network", "hidden", [1] * 10**5), ("hyperclip", "hidden", [-1])])
+def test_no_size_is_believed(tiny, tmp_path, part, name, value):
+    """Without a bound these are built until time or memory ends."""
+    artifact = load_artifact(tiny)
+    documents = json.loads(json.dumps({name: artifact.documents[name] for name in ("pipeline", "background")}))
+    documents["pipeline"]["architectures"][part][name] = value
+    save_artifact(tmp_path / "strange", "pipeline", artifact.tensors, documents=documents)
+    with pytest.raises(ArtifactError, match="is not a size|holds no pipeline"):
+        HyperLatentPipeline.from_pretrained(tmp_path / "strange")
+
+
 def test_older_and_newer_formats_are_refused_by_name(small, tmp_path):
     artifact = load_artifact(small)
     for version in 0, 2:
@@ -352,8 +380,8 @@ def test_things_that_are_no_pictures(pipe, images):
         pipe.predict(images, QUESTION, ANSWERS, weights=torch.zeros(1, pipe.base.n_weights))
 
 
-def still(latent_dim: int) -> Trajectory:
-    z = torch.zeros(2, 1, 1, latent_dim)
+def still(latent_dim: int, value: float = 0.0) -> Trajectory:
+    z = torch.full((2, 1, 1, latent_dim), value)
     return Trajectory(z, z[:1], torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), "still")
 
 
@@ -382,6 +410,7 @@ def still(latent_dim: int) -> Trajectory:
     lambda pipe: pipe.adapt(None),
     lambda pipe: pipe.adapt((torch.ones(2, 192), [0, 9]), QUESTION, ANSWERS),
     lambda pipe: pipe.predict(torch.ones(2, 192), [QUESTION], ANSWERS),
+    lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ["red", "red"]),
     lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, prompts=["one"]),
     lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, prompts=torch.ones(3, 5)),
     lambda pipe: pipe.predict(torch.ones(2, 192), QUESTION, ANSWERS, weights=torch.full((1, pipe.base.n_weights), torch.nan)),
@@ -402,6 +431,7 @@ def still(latent_dim: int) -> Trajectory:
     lambda pipe: pipe(QUESTION, guider=lambda features: features),
     lambda pipe: pipe(QUESTION, guider=lambda features: still(2)),
     lambda pipe: pipe([QUESTION] * 3, guider=lambda features: still(64)),
+    lambda pipe: pipe(QUESTION, guider=lambda features: still(64, 3e38)),  # the weights are infinite
 ])
 def test_misuse_ends_in_one_error(pipe, make):
     with pytest.raises(HyperLatentError) as caught:

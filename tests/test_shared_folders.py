@@ -53,6 +53,21 @@ def test_writers_and_readers_of_one_folder(tmp_path):
     assert load_artifact(tmp_path / "stage").kind == "x" and [p.name for p in tmp_path.iterdir()] == ["stage"]
 
 
+def test_a_writer_that_another_was_quicker_than_writes_after_it(tmp_path, monkeypatch):
+    """What the race above may meet, made certain: the place that was just cleared is taken when the new folder is moved there."""
+    folder, other, rename, met = save(tmp_path / "stage", 1).folder, save(tmp_path / "other", 2).folder, os.rename, []
+
+    def overtaken(source, target):
+        if str(target) == str(folder) and not met:
+            met.append(shutil.copytree(other, folder))
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    save(folder, 3)
+    assert met and load_artifact(folder).tensors["w"][0, 0] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "stage"]
+
+
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
     save(tmp_path / "secret", 7)
     for name in ("weights.safetensors", "who.json", "artifact.json"):

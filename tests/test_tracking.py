@@ -86,6 +86,18 @@ def test_tracker_that_is_not_there(name, remedy, tmp_path, capsys):
     assert error.count("\n") == 1 and repr(name) in error and remedy in error
 
 
+def test_tracker_that_wants_an_account(options, tmp_path, capsys, monkeypatch):
+    from accelerate import Accelerator
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    assert main(["train", "--out", str(tmp_path), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No API key configured." in error and "WANDB_MODE=offline" in error
+
+
 def test_logs_that_cannot_be_written(options, tmp_path, capsys):
     (tmp_path / "logs").write_text("mine")
     assert main(["train", "--out", str(tmp_path), *options]) == 1

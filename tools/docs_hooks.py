@@ -11,6 +11,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPLORER = ROOT / "docs" / "static" / "explorer.html"  # the explorer's page that needs no kernel; without it there is no page about it
+OPTIONS = {"hyperlatent.pipeline": "    options: {inherited_members: true}\n"}  # all that a user calls stands on one page
+DEFAULT = re.compile(r'<pre><span></span><span class="c1">#\| *default_exp [\w.]+</span>\n</pre>')  # said to nbdev, not to a reader
+EXPORT = re.compile(r'(<pre><span></span>)<span class="c1">#\| *export</span>\n|(<div class="clipboard-copy-txt" id="\S+">)#\| *export\n')
 LINK = re.compile(r'(href=")(?![a-z]+:|#|/)([^"#]+)\.ipynb(#[^"]*)?(")')  # notebooks become pages
 
 
@@ -64,7 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for number, picture in enumerate(figures(file), 1):
             files.append(File.generated(config, f"figures/{file.stem}-{number}.png", content=picture))
     for name in modules():
-        files.append(File.generated(config, f"reference/{name}.md", content=f"# {name}\n\n::: {name}\n"))
+        files.append(File.generated(config, f"reference/{name}.md", content=f"# {name}\n\n::: {name}\n{OPTIONS.get(name, '')}"))
     for file in "CHANGELOG.md", "CONTRIBUTING.md":
         text = (ROOT / file).read_text(encoding="utf-8").replace("](LICENSE)", "](https://www.apache.org/licenses/LICENSE-2.0)")
         files.append(File.generated(config, file.lower(), content=text))
@@ -74,4 +77,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_post_page(output: str, page, config: MkDocsConfig) -> str:
-    return LINK.sub(r"\1\2.html\3\4", output) if page.file.src_uri.endswith(".ipynb") else output
+    """Notebooks: links lead to pages, and nbdev's directives are left out of the code."""
+    if not page.file.src_uri.endswith(".ipynb"): return output
+    output = LINK.sub(r"\1\2.html\3\4", output)
+    return EXPORT.sub(r"\1\2", DEFAULT.sub('<pre class="default-exp"></pre>', output))

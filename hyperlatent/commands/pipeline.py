@@ -16,30 +16,29 @@ import tyro
 from ..errors import ArtifactError, ConfigError
 
 # %% ../../nbs/43_commands_pipeline.ipynb #ff6f37cb
+@tyro.conf.configure(tyro.conf.DisallowNone)
 @dataclass
 class Generate:
     "Weights for a question, without an example, into a safetensors file."
     question: tyro.conf.Positional[str]  # such as "what color is the small star?"
     out: Path = Path("weights.safetensors")  # gets weights, latents and seeds
-    model: str = "scenes"  # or a folder, or "owner/repository" of the hub
+    model: str = "scenes"  # the shipped networks; or a folder, or "owner/repository" of the hub
     guider: str = "classifier-free"  # HyperLDM; "classifier": HyperCLIP; or one that another package has registered
-    guidance_scale: float | None = None  # 0 ignores the question, above 1 exaggerates it
-    num_samples: int | None = None
-    num_inference_steps: int | None = None
+    guidance_scale: float | None = None  # 0 ignores the question, above 1 exaggerates it; by default as the model says, here and below
+    num_samples: int | None = None  # networks for the question
+    num_inference_steps: int | None = None  # of the guide
     scheduler: str | None = None  # ddim, ddpm, dpmsolver++ or sde-dpmsolver++
     negative_question: str | None = None  # guide away from it
-    seed: int = 0
-    device: str | None = None
+    seed: int = 0  # of the samples
+    device: str | None = None  # such as cuda; by default the CPU
 
     def run(self) -> None:
-        from hyperlatent.files import written_whole
+        from hyperlatent.files import save_tensors, written_whole
 
         out = self.generate()
-        from safetensors.torch import save_file
-
         about = {"question": self.question, "model": self.model, "guider": self.guider, "seed": str(self.seed)}
-        tensors = {name: getattr(out, name).cpu().contiguous() for name in ("weights", "latents", "seeds")}
-        with written_whole(self.out) as temporary: save_file(tensors, temporary, {"hyperlatent": json.dumps(about)})
+        tensors = {name: getattr(out, name) for name in ("weights", "latents", "seeds")}
+        with written_whole(self.out) as temporary: save_tensors(tensors, temporary, {"hyperlatent": json.dumps(about)})
         print(f"{self.out}: weights {tuple(out.weights.shape)}, latents {tuple(out.latents.shape)} as (sample, question, ...)")
 
     def generate(self) -> Any:
@@ -54,19 +53,20 @@ class Generate:
                     generator=torch.Generator().manual_seed(self.seed))
 
 # %% ../../nbs/43_commands_pipeline.ipynb #b2c1bc9b
+@tyro.conf.configure(tyro.conf.DisallowNone)
 @dataclass
 class Predict:
     "Answer a question about pictures with weights that are generated for it, or that `generate` has written."
-    question: tyro.conf.Positional[str]
+    question: tyro.conf.Positional[str]  # such as "what color is the small star?"
     pictures: tuple[Path, ...]  # files
     answers: tuple[str, ...]  # to choose from
     prompts: tuple[str, ...] = ()  # what CLIP reads for each answer; by default made from question and answer
     weights: Path | None = None  # of `generate`; by default they are generated
-    model: str = "scenes"
-    guidance_scale: float | None = None
-    num_samples: int | None = None
-    seed: int = 0
-    device: str | None = None
+    model: str = "scenes"  # the shipped networks; or a folder, or "owner/repository" of the hub
+    guidance_scale: float | None = None  # of weights that are generated; by default as the model says
+    num_samples: int | None = None  # networks that vote; by default as the model says
+    seed: int = 0  # of the samples
+    device: str | None = None  # such as cuda; by default the CPU
 
     def run(self) -> None:
         import torch
