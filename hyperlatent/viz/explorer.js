@@ -35,7 +35,7 @@ export function mount(el, link) {
   root.addEventListener("keydown", event => event.stopPropagation());
   const state = { ...DEFAULTS, ...link.settings }, sweeps = new Map();
   let scene = null, asked = null, land = null, ghost = null, hover = -1, pinned = -1, step = 1e9, playing = false, dirty = false;
-  let shown = null, walk = null, options = [];
+  let shown = null, walk = null, good = null; // good: the settings of the last frame that was drawn as asked
 
   // ---------------------------------------------------------------- controls
   const labelled = (text, control, extra = {}) => element("label", extra, element("span", {}, text), control);
@@ -110,7 +110,7 @@ export function mount(el, link) {
     element("h3", { textContent: "Query pictures: answers of all chains together; the mark is the unguided network's probability" }), strip);
 
   // ---------------------------------------------------------------- state
-  let timer = 0;
+  let timer = 0, silence = 0;
   function change(values) {
     const before = keyOf(state);
     Object.assign(state, values);
@@ -123,14 +123,19 @@ export function mount(el, link) {
     // with this frame already here, the kernel need not hurry; without it, every millisecond counts
     if (sweep().get(state.guidance_scale) && "guidance_scale" in values) timer = setTimeout(tell, 150); else tell();
   }
-  const tell = () => link.set({ ...state });
+  function tell() {
+    link.set({ ...state });
+    clearTimeout(silence);
+    silence = setTimeout(() => working("no answer from the kernel so far: if it was restarted, run the cell again", null, false), 5000);
+  }
   function working(text, part, busy = true) {
     statusText.textContent = text;
     progress.hidden = stop.hidden = !busy;
     if (part != null) progress.value = part; else progress.removeAttribute("value");
     root.dataset.busy = busy;
   }
-  function sweep(key = keyOf(state)) {
+  const viewed = () => error.textContent && good ? good : keyOf(state); // what cannot be asked leaves the view as it was
+  function sweep(key = viewed()) {
     if (!sweeps.has(key)) {
       sweeps.set(key, new Map());
       while (sweeps.size > 6) sweeps.delete(sweeps.keys().next().value);
@@ -138,12 +143,13 @@ export function mount(el, link) {
     return sweeps.get(key);
   }
   function show() {
-    const key = keyOf(state), frames = sweep(key);
+    const frames = sweep();
     // show the nearest scale that is there while the exact one is on its way
     let best = null;
     if (state.method !== "classifier") for (const [g, f] of frames) if (g !== "walk" && (!best || Math.abs(g - state.guidance_scale) < Math.abs(best.gamma - state.guidance_scale))) best = f;
     walk = state.method === "classifier-free" ? null : frames.get("walk") || null;
     shown = state.method === "classifier" ? walk : best;
+    if (shown) good = viewed();
     for (const [name, control] of Object.entries(controls)) if (document.activeElement !== control || control.tagName === "SELECT") control.value = state[name];
     slider.value = state.guidance_scale;
     sliderValue.textContent = state.guidance_scale.toFixed(2);
@@ -185,6 +191,7 @@ export function mount(el, link) {
 
   // ---------------------------------------------------------------- messages
   function receive(message, buffers) {
+    clearTimeout(silence);
     const floats = i => { const b = buffers[i]; return new Float32Array(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength)); };
     if (message.type === "scene") {
       scene = { ...message, points: floats(0) };
@@ -199,11 +206,15 @@ export function mount(el, link) {
       asked = { ...message, before: floats(0) };
       asked.urls = message.pictures ? buffers.slice(1).map(b => URL.createObjectURL(new Blob([b], { type: "image/png" }))) : [];
       strip.replaceChildren();
+      drawLegend();
       note.textContent = message.note;
       if (land && land.question !== asked.question) land = null;
     } else if (message.type === "landscape") {
       const values = floats(0);
-      if (keyOf(message.settings) === keyOf(state)) land = { ...message, values, image: landscapeImage(values, message.size) };
+      if (!asked || keyOf(message.settings) !== keyOf(state)) return;
+      asked.low = message.low;
+      drawLegend();
+      land = { ...message, values, image: landscapeImage(values, message.size) };
     } else if (message.type === "frame") {
       const data = floats(0), { points: p, chains: c, key_points: k, shape } = message;
       const f = { ...message, path: data.subarray(0, p * c * 2), accuracy: data.subarray(p * c * 2, p * c * 3), cosine: data.subarray(p * c * 3, p * c * 4), votes: data.subarray(p * c * 4) };
@@ -250,8 +261,9 @@ export function mount(el, link) {
     return svg;
   }
   function drawLegend() {
+    const low = asked ? asked.low : 0;
     if (scene) legend.replaceChildren(...scene.names.map((n, i) => element("span", {}, swatch(i), n || "zoo")),
-      element("span", {}, bar(), "low to high accuracy: paths and background"), element("span", {}, "○ start   ● end"));
+      element("span", {}, `accuracy (paths, background): ${percent(low)} `, bar(), " 100 %"), element("span", {}, "○ start   ● end"));
   }
   function bar() {
     const node = element("i", { className: "bar" });
@@ -260,10 +272,10 @@ export function mount(el, link) {
   }
   function landscapeImage(values, size) {
     const image = element("canvas", { width: size, height: size }), g = image.getContext("2d"), data = g.createImageData(size, size);
-    const low = Math.min(...values), high = Math.max(...values);
+    const { low } = asked; // as for the paths: up to 100 %
     for (let i = 0; i < values.length; i++) {
       const row = size - 1 - Math.floor(i / size), at = 4 * (row * size + i % size);
-      const [r, gr, b] = cividis((values[i] - low) / (high - low || 1)).match(/\d+/g).map(Number);
+      const [r, gr, b] = cividis((values[i] - low) / (1 - low || 1)).match(/\d+/g).map(Number);
       data.data.set([r, gr, b, 255], at);
     }
     g.putImageData(data, 0, 0);
@@ -308,9 +320,9 @@ export function mount(el, link) {
     if (!faint) {
       g.globalAlpha = 1; g.lineWidth = 1.7;
       // one stroke for all segments of a colour: thousands of strokes would cost the frame
-      const batches = new Map(), [low, high] = f.range;
+      const batches = new Map(), { low } = asked;
       for (let p = 1; p <= upto; p++) for (let i = 0; i < c; i++) {
-        const level = Math.round(15 * (accuracy[p * c + i] - low) / (high - low || 1));
+        const level = Math.round(15 * Math.min(1, Math.max(0, (accuracy[p * c + i] - low) / (1 - low || 1))));
         if (!batches.has(level)) batches.set(level, new Path2D());
         const line = batches.get(level); line.moveTo(...at(p - 1, i)); line.lineTo(...at(p, i));
       }
@@ -479,7 +491,7 @@ export function mount(el, link) {
   for (const view of [left, right, along, curve]) sizes.observe(view.canvas);
   dress();
   show();
-  return { receive, adopt, destroy() { watcher.disconnect(); sizes.disconnect(); media.removeEventListener("change", dress); clearTimeout(timer); playing = false; root.remove(); } };
+  return { receive, adopt, destroy() { watcher.disconnect(); sizes.disconnect(); media.removeEventListener("change", dress); clearTimeout(timer); clearTimeout(silence); playing = false; root.remove(); } };
 }
 
 // The widget: settings are a synchronised trait, everything else comes as messages.
