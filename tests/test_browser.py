@@ -2,6 +2,7 @@
 
 The servers listen on 127.0.0.1 with their token on and keep all their files in a temporary folder."""
 
+import base64
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.timeout(600)]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -197,6 +199,35 @@ def report(name: str, times: list[float]) -> tuple[float, float]:
     return median, p90
 
 
+def in_time(name: str, measure, median: float, p90: float):
+    """Another process may take the cores for a moment, so three tries: in one of them the times must be in their limits."""
+    for _ in range(3):
+        found = report(name, measure())
+        if found[0] < median * slack() and found[1] < p90 * slack(): return
+    raise AssertionError(f"{name}: median {found[0]:.0f} ms, 90th percentile {found[1]:.0f} ms")
+
+
+def drag(page, start: float, end: float, moves: int = 40):
+    """The slider's thumb from one share of its length to another, as fast as a hand can."""
+    box = page.locator(".hl-explorer [name=guidance_scale]").bounding_box()
+    y, place = box["y"] + box["height"] / 2, lambda share: box["x"] + 2 + (box["width"] - 4) * share
+    page.mouse.move(place(start), y)
+    page.mouse.down()
+    for i in range(1, moves + 1): page.mouse.move(place(start + (end - start) * i / moves), y)
+    page.mouse.up()
+
+
+def execute(page, code: str):
+    """In the notebook's kernel."""
+    status = page.evaluate("""code => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code })
+        .done.then(reply => reply.content.status + ' ' + (reply.content.evalue || ''))""", code)
+    assert status == "ok ", status
+
+
+def status(page, word: str):
+    page.wait_for_function("word => document.querySelector('.hl-explorer [role=status]').textContent.includes(word)", arg=word)
+
+
 def violations(page) -> list[str]:
     """What axe-core finds in the explorer, serious or critical."""
     page.evaluate((Path(find_spec("axe_playwright_python").origin).parent / "axe.min.js").read_text())
@@ -225,19 +256,19 @@ def lab(browser, jupyterlab):
 def test_the_slider_by_keyboard_and_mouse(lab):
     """Every step of the slider changes the state and the picture; once the sweep is there, within a frame or two."""
     before = plane(lab)
-    times = latencies(lab, ["ArrowRight"] * 12 + ["ArrowLeft"] * 8)
-    shows(lab, 2.5)
+    in_time("slider, sweep there", lambda: latencies(lab, ["ArrowRight"] * 12 + ["ArrowLeft"] * 8), 35, 80)
+    lab.keyboard.press("ArrowRight")
     assert plane(lab) != before
-    median, p90 = report("slider, sweep there", times)
-    assert median < 35 * slack() and p90 < 80 * slack()
-    box = lab.locator(".hl-explorer [name=guidance_scale]").bounding_box()
-    y = box["y"] + box["height"] / 2
-    lab.mouse.move(box["x"] + box["width"] / 4, y)
-    lab.mouse.down()
-    for i in range(20): lab.mouse.move(box["x"] + box["width"] * (0.25 + 0.025 * i), y)
-    lab.mouse.move(box["x"] + box["width"] - 2, y)
-    lab.mouse.up()
+    lab.evaluate("""() => { const root = document.querySelector('.hl-explorer'), seen = window.seen = { least: Infinity, states: new Set() };
+        window.watcher = new MutationObserver(() => { seen.states.add(root.dataset.shown);
+            const c = root.querySelector('.plane canvas'), data = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+            let drawn = 0; for (let i = 0; i < data.length; i += 4 * 31) if (data[i] < 200) drawn++;
+            seen.least = Math.min(seen.least, drawn); });
+        window.watcher.observe(root, { attributes: true, attributeFilter: ['data-drawn'] }); }""")
+    drag(lab, 0.25, 1)
     shows(lab, 10)  # the last value wins
+    seen = lab.evaluate("() => { window.watcher.disconnect(); return [window.seen.least, [...window.seen.states]]; }")
+    assert seen[0] > 50 and "" not in seen[1] and len(seen[1]) > 3, seen  # nothing flickers: always a picture, always of a scale
     kernel = "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
     assert lab.evaluate(kernel) in ("idle", "busy") and lab.wrong == []
 
@@ -350,11 +381,82 @@ def test_the_kernel_computes_in_time(browser, jupyterlab):
     """Without the sweep every step goes to the kernel and back."""
     page = in_lab(browser, jupyterlab, "slow.ipynb", viewport={"width": 1400, "height": 1500})
     ready(page, 1)
-    times = latencies(page, ["ArrowRight"] * 20)
-    shows(page, 6.5)
-    median, p90 = report("slider, kernel computes", times)
-    assert median < 80 * slack() and p90 < 160 * slack() and page.wrong == []
+    seeds = iter("123")  # the scales are computed anew, and not remembered
+
+    def steps():
+        ask(page, "seed", next(seeds))
+        ready(page, 1)
+        page.focus(".hl-explorer [name=guidance_scale]")
+        page.keyboard.press("Home")
+        shows(page, 0)
+        return latencies(page, ["ArrowRight"] * 20)
+
+    in_time("slider, kernel computes", steps, 80, 160)
+    shows(page, 5)
+    page.evaluate("""() => { const root = document.querySelector('.hl-explorer'); window.shown = [];
+        new MutationObserver(() => { if (window.shown.at(-1) !== root.dataset.shown) window.shown.push(root.dataset.shown); })
+            .observe(root, { attributes: true, attributeFilter: ['data-drawn'] }); }""")
+    before = page.evaluate("() => Number(document.querySelector('.hl-explorer').dataset.frames)")
+    drag(page, 0.55, 1)
+    shows(page, 10)  # the last value wins
+    ready(page, 1)
+    computed = page.evaluate("() => Number(document.querySelector('.hl-explorer').dataset.frames)") - before
+    assert computed < 15, computed  # of the 19 scales that the hand has passed: nothing stale is queued
+    page.wait_for_timeout(300)
+    assert page.evaluate("() => window.shown.at(-1)") == "10" and page.wrong == []
     page.context.close()
+
+
+def test_long_work_is_shown_and_can_be_left(lab):
+    """Stop in the middle of a sweep, then go on; UMAP's first fit goes on in the background and is stored."""
+    lab.select_option(".hl-explorer [name=num_inference_steps]", "100")
+    lab.select_option(".hl-explorer [name=chains]", "64")
+    status(lab, "computing all guidance scales")
+    assert lab.evaluate("() => document.querySelector('.hl-explorer progress').value") <= 1
+    lab.click(".hl-explorer button:text('Stop')")
+    status(lab, "stopped")
+    state = "() => { const d = document.querySelector('.hl-explorer').dataset; return [d.frames, d.busy]; }"
+    before = lab.evaluate(state)
+    lab.wait_for_timeout(700)
+    assert lab.evaluate(state) == before and int(before[0]) < 41 and before[1] == "false"
+    lab.focus(".hl-explorer [name=guidance_scale]")
+    lab.keyboard.press("ArrowLeft")
+    ready(lab)
+    lab.select_option(".hl-explorer [name=num_inference_steps]", "25")
+    lab.select_option(".hl-explorer [name=chains]", "16")
+    ready(lab)
+    execute(lab, "import hyperlatent.viz.explorer_engine as module; from pathlib import Path; from tempfile import mkdtemp\n"
+                 "stored, kept = Path(mkdtemp()), module.cache_folder; module.cache_folder = lambda: stored\n"
+                 "engine._planes.pop('umap', None); engine._scenes.pop('umap', None)")
+    lab.select_option(".hl-explorer [name=projection]", "umap")
+    status(lab, "UMAP")
+    assert lab.is_visible(".hl-explorer progress") and lab.is_visible(".hl-explorer button:text('Stop')")
+    lab.select_option(".hl-explorer [name=projection]", "pca")  # no need to wait
+    ready(lab)
+    lab.select_option(".hl-explorer [name=projection]", "umap")
+    ready(lab)
+    execute(lab, "module.cache_folder = kept; assert (stored / 'explorer-umap' / 'artifact.json').exists()")
+    lab.select_option(".hl-explorer [name=projection]", "pca")
+    ready(lab)
+    assert lab.wrong == []
+
+
+def test_whatever_goes_wrong_is_said(lab):
+    """An exception that nobody has foreseen, and a question that cannot be asked, leave the view and say what happened."""
+    ready(lab)
+    before = plane(lab)
+    ask(lab, "question", "what is the zebra made of")
+    assert "zebra" in alert(lab) and plane(lab) == before
+    assert lab.evaluate("() => document.querySelector('.hl-explorer').dataset.shown") != ""
+    ask(lab, "question", "what color is the star?")
+    ready(lab)
+    execute(lab, "engine.frame = None")
+    ask(lab, "seed", "11")
+    assert "TypeError" in alert(lab)
+    execute(lab, "del engine.frame")
+    ask(lab, "seed", "12")
+    ready(lab)
+    assert lab.inner_text(".hl-explorer [role=alert]") == "" and lab.wrong == []
 
 
 def test_two_views_two_tabs_and_a_restart(browser, jupyterlab):
@@ -371,6 +473,10 @@ def test_two_views_two_tabs_and_a_restart(browser, jupyterlab):
     assert other.evaluate("() => document.querySelector('.hl-explorer').dataset.shown") == "1.5"
     other.context.close()
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    if page.locator(".hl-explorer").count():  # what the old kernel has left on the page says that it has nobody to talk to
+        page.locator(".hl-explorer [name=seed]").first.fill("5")
+        page.keyboard.press("Enter")
+        status(page, "no answer from the kernel")
     run_all(page)
     ready(page)
     assert [wrong for wrong in page.wrong if "WebSocket" not in wrong] == []
@@ -410,10 +516,26 @@ def test_the_page_without_a_kernel(browser, folder):
     page = opened(browser, (folder / "page.html").as_uri(), viewport={"width": 1300, "height": 1200})
     page.wait_for_selector(".hl-explorer[data-shown='1.5']")
     before = plane(page)
-    median, p90 = report("slider, page without a kernel", latencies(page, ["ArrowRight"] * 10))
-    assert plane(page) != before and median < 35 * slack()
+    in_time("slider, page without a kernel", lambda: latencies(page, ["ArrowRight"] * 10), 35, 80)
+    assert plane(page) != before
     assert violations(page) == [] and page.wrong == []
     page.context.close()
+
+
+def test_the_page_of_the_site_is_up_to_date(root):
+    """The script, the style and the numbers of docs/static/explorer.html are those of today's explorer and networks."""
+    from hyperlatent.viz.explorer_engine import Request, load_engine
+
+    page, viz = (root / "docs" / "static" / "explorer.html").read_text(encoding="utf-8"), root / "hyperlatent" / "viz"
+    old = "make page: docs/static/explorer.html is out of date"
+    assert (viz / "explorer.css").read_text(encoding="utf-8") in page, old
+    assert (viz / "explorer.js").read_text(encoding="utf-8").replace("export default", "const widget =") in page, old
+    settings, data = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.DOTALL)[1])
+    frame = load_engine().frame(Request.of(settings | {"method": "classifier-free"}))
+    stored = next(buffers[0] for message, buffers in data if message["type"] == "frame" and message["gamma"] == settings["guidance_scale"])
+    numbers = torch.frombuffer(bytearray(base64.b64decode(stored)), dtype=torch.float32)
+    path, accuracy = numbers[:frame.path.numel()].view_as(frame.path), numbers[frame.path.numel():][:frame.accuracy.numel()]
+    assert torch.allclose(path, frame.path, atol=0.02) and abs(accuracy.mean() - frame.accuracy.mean()) < 0.01, old
 
 
 def test_no_curve_crosses_a_name(browser, folder):

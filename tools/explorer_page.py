@@ -7,4 +7,4 @@ from hyperlatent.viz.explorer_engine import load_engine
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "static" / "explorer.html"
 
-export_html(load_engine(), PAGE, question="what color is the small cross at the top left?", chains=16, method="both")
+export_html(load_engine(), PAGE, question="what color is the object left of the diamond?", chains=16, method="both")

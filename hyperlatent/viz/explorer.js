@@ -208,6 +208,7 @@ export function mount(el, link) {
       strip.replaceChildren();
       drawLegend();
       note.textContent = message.note;
+      controls.question.placeholder = message.question;
       if (land && land.question !== asked.question) land = null;
     } else if (message.type === "landscape") {
       const values = floats(0);
@@ -263,7 +264,8 @@ export function mount(el, link) {
   function drawLegend() {
     const low = asked ? asked.low : 0;
     if (scene) legend.replaceChildren(...scene.names.map((n, i) => element("span", {}, swatch(i), n || "zoo")),
-      element("span", {}, `accuracy (paths, background): ${percent(low)} `, bar(), " 100 %"), element("span", {}, "○ start   ● end"));
+      element("span", {}, "accuracy (paths, background): ", element("span", { className: "scale" }, percent(low), bar(), "100 %")),
+      element("span", {}, "○ start   ● end   ◆ end beyond the edge"));
   }
   function bar() {
     const node = element("i", { className: "bar" });
@@ -330,7 +332,9 @@ export function mount(el, link) {
     }
     for (let i = 0; i < c; i++) {
       if (!faint) { g.fillStyle = css.bg; g.strokeStyle = css.fg; g.lineWidth = 1; g.beginPath(); g.arc(...at(0, i), 2.6, 0, 7); g.fill(); g.stroke(); }
-      g.fillStyle = faint ? css.soft : css.fg; g.beginPath(); g.arc(...at(upto, i), faint ? 3 : 3.4, 0, 7); g.fill();
+      const [x, y] = at(upto, i), cx = Math.min(b.x + b.w - 5, Math.max(b.x + 5, x)), cy = Math.min(b.y + b.h - 5, Math.max(b.y + 5, y));
+      const outside = x < b.x || x > b.x + b.w || y < b.y || y > b.y + b.h; // its place on the edge, as another shape
+      g.fillStyle = faint ? css.soft : css.fg; symbol(g, outside ? "diamond" : "disc", ...(outside ? [cx, cy] : [x, y]), faint ? 3 : 3.4);
       if (!faint) { g.strokeStyle = css.bg; g.lineWidth = .8; g.stroke(); }
     }
     g.globalAlpha = 1;

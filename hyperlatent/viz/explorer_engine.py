@@ -144,7 +144,8 @@ class Engine:
         plane, zoo = self.plane(projection), self.models.zoo.latents[0]
         points = plane.project(zoo)
         paths = torch.cat([plane.project(walk.z).flatten(0, -2) for walk in self._few_paths])
-        low, high = torch.cat([points, paths]).quantile(torch.tensor([0.012, 0.988]), dim=0)
+        edges = [cloud.quantile(torch.tensor([0.012, 0.988]), dim=0) for cloud in (points, paths)]
+        low, high = edges[0][0].minimum(edges[1][0]), edges[0][1].maximum(edges[1][1])
         margin = 0.06 * (high - low)
         train = self.models.train
         return dict(points=points, kinds=train.kinds, questions=train.questions, labels=list(plane.labels),
