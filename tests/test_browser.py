@@ -367,10 +367,9 @@ def test_themes_and_accessibility(lab, theme):
     lab.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
     wanted = theme.split()[1].lower()
     lab.wait_for_function("wanted => document.querySelector('.hl-explorer').dataset.theme === wanted", arg=wanted)
-    lab.wait_for_timeout(200)
-    background = lab.evaluate("""() => { const c = document.querySelector('.hl-explorer .plane canvas');
-        return c.getContext('2d').getImageData(2, 2, 1, 1).data[0]; }""")
-    assert background < 60 if wanted == "dark" else background > 200
+    lab.wait_for_function("""wanted => { const c = document.querySelector('.hl-explorer .plane canvas');
+        const background = c.getContext('2d').getImageData(2, 2, 1, 1).data[0];
+        return wanted === 'dark' ? background < 60 : background > 200; }""", arg=wanted)
     assert violations(lab) == []
     small = lab.evaluate("""() => [...document.querySelectorAll('.hl-explorer *')].filter(e => e.textContent.trim() && e.offsetParent)
         .filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.className)""")
@@ -556,7 +555,7 @@ def test_no_curve_crosses_a_name(browser, folder):
         (folder / "names.html").write_text(whole.replace("for (const [message, buffers] of data)", script, 1), encoding="utf-8")
         page = opened(browser, (folder / "names.html").as_uri(), viewport={"width": 1300, "height": 1200})
         page.wait_for_selector(".hl-explorer[data-shown='1.5']")
-        page.wait_for_timeout(200)
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         names.append(page.evaluate("""() => [...document.querySelectorAll('.hl-explorer .chart canvas')].map(canvas => {
             const g = canvas.getContext('2d'), r = window.devicePixelRatio;
             const cut = (...box) => [...g.getImageData(...box.map(x => x * r)).data];
