@@ -94,7 +94,7 @@ export function mount(el, link) {
     canvas.setAttribute("role", "img");
     return { canvas, title, node: element("figure", { className: kind }, title, canvas) };
   };
-  const left = figure("plane", "Classifier-free guidance"), right = figure("plane", "Classifier guidance");
+  const left = figure("plane", "HyperLDM, classifier-free"), right = figure("plane", "HyperCLIP, classifier guidance");
   const along = figure("chart", "Along the path: accuracy and cosine"), curve = figure("chart", "This question's accuracy over the guidance scale");
   const legend = element("div", { className: "legend" }), strip = element("ul", { className: "strip" });
   const only = (...nodes) => link.still ? "" : nodes[0];
@@ -158,8 +158,8 @@ export function mount(el, link) {
     controls.prior_weight.disabled = state.method === "classifier-free";
     controls.negative_question.disabled = controls.sampler.disabled = state.method === "classifier";
     right.node.hidden = state.method !== "both";
-    left.title.textContent = state.method === "classifier" ? "Classifier guidance (HyperCLIP)" : `Classifier-free guidance (HyperLDM), γ = ${(shown && shown.gamma !== "walk" ? shown.gamma : state.guidance_scale).toFixed(2)}`;
-    right.title.textContent = "Classifier guidance (HyperCLIP)";
+    left.title.textContent = state.method === "classifier" ? "HyperCLIP, classifier guidance" : `HyperLDM, classifier-free, γ = ${(shown && shown.gamma !== "walk" ? shown.gamma : state.guidance_scale).toFixed(2)}`;
+    right.title.textContent = "HyperCLIP, classifier guidance";
     redraw();
   }
   const redraw = () => { if (!dirty) { dirty = true; requestAnimationFrame(draw); } };
@@ -207,7 +207,7 @@ export function mount(el, link) {
       asked.urls = message.pictures ? buffers.slice(1).map(b => URL.createObjectURL(new Blob([b], { type: "image/png" }))) : [];
       strip.replaceChildren();
       drawLegend();
-      note.textContent = message.note;
+      note.textContent = link.still ? "" : message.note; // there the question is the heading
       controls.question.placeholder = message.question;
       if (land && land.question !== asked.question) land = null;
     } else if (message.type === "landscape") {
@@ -472,7 +472,7 @@ export function mount(el, link) {
   for (const view of [left, right]) {
     view.canvas.addEventListener("pointermove", event => { const i = nearest(view, event); if (i !== hover) { hover = i; name(i, event); redraw(); } });
     view.canvas.addEventListener("pointerleave", () => { hover = -1; tip.hidden = true; redraw(); });
-    view.canvas.addEventListener("click", event => { pinned = nearest(view, event); note.textContent = pinned < 0 ? (asked ? asked.note : "") : `Zoo point of the training question: ${scene.questions[pinned]}`; redraw(); });
+    view.canvas.addEventListener("click", event => { pinned = nearest(view, event); note.textContent = pinned < 0 ? (asked && !link.still ? asked.note : "") : `Zoo point of the training question: ${scene.questions[pinned]}`; redraw(); });
   }
 
   // ---------------------------------------------------------------- theme and size
