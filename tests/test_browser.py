@@ -114,6 +114,11 @@ def browser():
         browser.close()
 
 
+def load() -> float:
+    """How much longer things take than on a machine that nobody else uses."""
+    return max(1.0, os.getloadavg()[0] / os.cpu_count())
+
+
 HARMLESS = ("favicon", "shutdown", "cdnjs.cloudflare.com", "cdn.jsdelivr.net", "ERR_INTERNET_DISCONNECTED", "ERR_NAME_NOT_RESOLVED",
             "ERR_BLOCKED_BY_CLIENT", "RUNTIME-012")  # the last: another package's extension for JupyterLab that Voila has no use for
 
@@ -121,7 +126,7 @@ HARMLESS = ("favicon", "shutdown", "cdnjs.cloudflare.com", "cdn.jsdelivr.net", "
 def opened(browser, url: str, **options):
     """A page that remembers what went wrong on it, and cannot leave this machine."""
     page = browser.new_context(**options).new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(60_000 * load())
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(f"error: {error}"))
     page.on("console", lambda message: page.wrong.append(f"console: {message.text}") if message.type == "error" else None)
@@ -153,13 +158,13 @@ def run_all(page):
         await app.commands.execute('notebook:run-all-cells');
         return widget.content.model.toJSON().cells.flatMap(c => c.outputs).filter(o => o.output_type === 'error').map(o => o.evalue); }""")
     assert failed == []
-    page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000)
+    page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000 * load())
 
 
 def ready(page, frames: int = 41, root: str = ".hl-explorer"):
     """Wait for the background sweep."""
     page.wait_for_function("([root, n]) => { const d = document.querySelector(root).dataset; return d.frames >= n && d.busy === 'false'; }",
-                           arg=[root, frames], timeout=120_000)
+                           arg=[root, frames], timeout=120_000 * load())
 
 
 def shows(page, value, root: str = ".hl-explorer"):
@@ -275,7 +280,7 @@ def test_the_slider_by_keyboard_and_mouse(lab):
 
 def slack() -> float:
     """The limits are half as much again as what is promised, and more where other processes have the cores."""
-    return 1.5 * max(1.0, os.getloadavg()[0] / os.cpu_count())
+    return 1.5 * load()
 
 
 def test_a_new_question_shows_something_soon(lab):
@@ -461,12 +466,12 @@ def test_whatever_goes_wrong_is_said(lab):
 def test_two_views_two_tabs_and_a_restart(browser, jupyterlab):
     page = in_lab(browser, jupyterlab, "two.ipynb", viewport={"width": 1400, "height": 2600})
     page.wait_for_function("() => document.querySelectorAll('.hl-explorer').length === 2")
-    page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.frames >= 41)", timeout=120_000)
+    page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.frames >= 41)", timeout=120_000 * load())
     page.locator(".hl-explorer [name=guidance_scale]").first.focus()
     page.keyboard.press("End")
     page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.shown === '10')")
     other = in_lab(browser, jupyterlab, "two.ipynb")  # the same kernel
-    other.wait_for_function("() => document.querySelector('.hl-explorer').dataset.frames >= 41", timeout=120_000)
+    other.wait_for_function("() => document.querySelector('.hl-explorer').dataset.frames >= 41", timeout=120_000 * load())
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("() => document.querySelector('.hl-explorer').dataset.shown === '9.75'")
     assert other.evaluate("() => document.querySelector('.hl-explorer').dataset.shown") == "1.5"
@@ -494,7 +499,7 @@ def test_the_app(browser, folder):
     process, port = served(command, folder, port)
     try:
         page = opened(browser, f"http://127.0.0.1:{port}/?token={token}", viewport={"width": 500, "height": 1000})
-        page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000)
+        page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000 * load())
         ready(page)
         page.focus(".hl-explorer [name=guidance_scale]")
         page.keyboard.press("Home")
