@@ -86,7 +86,7 @@ def _draw_panel(ax, panel: Panel, xlabel: str):
     for (name, height), dash in zip(panel.levels.items(), ((0, (4, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))):
         ax.axhline(height, color=BLACK, linewidth=1.2, linestyle=dash, label=name, alpha=0.75)
     height = ax.figure.get_figheight() / ax.get_gridspec().nrows
-    ax.set(xlabel=xlabel, ylabel=textwrap.fill(panel.label, int(9 * height)), title=panel.title)
+    ax.set(xlabel=xlabel, ylabel=textwrap.fill(panel.label, int(8 * height)), title=panel.title)
     _name_curves(ax, len(ax.get_legend_handles_labels()[1]), panel.title)
 
 
