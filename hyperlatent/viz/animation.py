@@ -31,7 +31,7 @@ def animate_trajectories(
     seconds: float = 4.0,  # of the movement
     pause: float = 1.5,  # seconds at the end
     frames_per_second: int = 10,
-    dpi: int = 80,  # pixels per inch: a panel is about 3 inches wide
+    dpi: int = 96,  # pixels per inch: a panel is about 3 inches wide, and on a page 96 pixels are an inch
 ) -> Path:
     """Write the trajectories as they move and return the path. Written whole or not at all.
 
