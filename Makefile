@@ -1,11 +1,11 @@
-# make demo | test | export | readme | docs | clean. The virtual environment is made and filled when it is missing or too old.
+# make demo | test | export | readme | page | docs | clean. The virtual environment is made and filled when it is missing or too old.
 VENV ?= .venv
 PYTHON ?= python3.11
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PACKAGING := settings.ini pyproject.toml setup.py
 
-.PHONY: demo test export readme docs clean
+.PHONY: demo test export readme page docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,6 +26,10 @@ export: $(VENV)/.installed-dev
 # nbs/index.ipynb (and the line under every notebook's title) -> README.md
 readme: $(VENV)/.installed-dev
 	$(BIN)/python tools/readme.py
+
+# the explorer's page that needs no kernel, part of the site
+page: $(VENV)/.installed-dev
+	$(BIN)/python tools/explorer_page.py
 
 # the site, into _docs/; look at it with: python -m http.server -d _docs
 docs: $(VENV)/.installed-dev

@@ -2,6 +2,7 @@
 
 The servers listen on 127.0.0.1 with their token on and keep all their files in a temporary folder."""
 
+import base64
 import json
 import os
 import re
@@ -15,10 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.timeout(600)]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+         "--disable-component-update", "--disable-sync",
+         "--disable-renderer-backgrounding", "--disable-backgrounding-occluded-windows"]  # a page without a window is no lesser page
 CODE = """
 from hyperlatent.viz.explorer import Explorer
 from hyperlatent.viz.explorer_engine import load_engine
@@ -112,6 +115,11 @@ def browser():
         browser.close()
 
 
+def load() -> float:
+    """How much longer things take than on a machine that nobody else uses."""
+    return max(1.0, os.getloadavg()[0] / os.cpu_count())
+
+
 HARMLESS = ("favicon", "shutdown", "cdnjs.cloudflare.com", "cdn.jsdelivr.net", "ERR_INTERNET_DISCONNECTED", "ERR_NAME_NOT_RESOLVED",
             "ERR_BLOCKED_BY_CLIENT", "RUNTIME-012")  # the last: another package's extension for JupyterLab that Voila has no use for
 
@@ -119,7 +127,7 @@ HARMLESS = ("favicon", "shutdown", "cdnjs.cloudflare.com", "cdn.jsdelivr.net", "
 def opened(browser, url: str, **options):
     """A page that remembers what went wrong on it, and cannot leave this machine."""
     page = browser.new_context(**options).new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(60_000 * load())
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(f"error: {error}"))
     page.on("console", lambda message: page.wrong.append(f"console: {message.text}") if message.type == "error" else None)
@@ -151,13 +159,13 @@ def run_all(page):
         await app.commands.execute('notebook:run-all-cells');
         return widget.content.model.toJSON().cells.flatMap(c => c.outputs).filter(o => o.output_type === 'error').map(o => o.evalue); }""")
     assert failed == []
-    page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000)
+    page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000 * load())
 
 
 def ready(page, frames: int = 41, root: str = ".hl-explorer"):
     """Wait for the background sweep."""
     page.wait_for_function("([root, n]) => { const d = document.querySelector(root).dataset; return d.frames >= n && d.busy === 'false'; }",
-                           arg=[root, frames], timeout=120_000)
+                           arg=[root, frames], timeout=120_000 * load())
 
 
 def shows(page, value, root: str = ".hl-explorer"):
@@ -197,6 +205,35 @@ def report(name: str, times: list[float]) -> tuple[float, float]:
     return median, p90
 
 
+def in_time(name: str, measure, median: float, p90: float):
+    """Another process may take the cores for a moment, so three tries: in one of them the times must be in their limits."""
+    for _ in range(3):
+        found = report(name, measure())
+        if found[0] < median * slack() and found[1] < p90 * slack(): return
+    raise AssertionError(f"{name}: median {found[0]:.0f} ms, 90th percentile {found[1]:.0f} ms")
+
+
+def drag(page, start: float, end: float, moves: int = 40):
+    """The slider's thumb from one share of its length to another, as fast as a hand can."""
+    box = page.locator(".hl-explorer [name=guidance_scale]").bounding_box()
+    y, place = box["y"] + box["height"] / 2, lambda share: box["x"] + 2 + (box["width"] - 4) * share
+    page.mouse.move(place(start), y)
+    page.mouse.down()
+    for i in range(1, moves + 1): page.mouse.move(place(start + (end - start) * i / moves), y)
+    page.mouse.up()
+
+
+def execute(page, code: str):
+    """In the notebook's kernel."""
+    status = page.evaluate("""code => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({ code })
+        .done.then(reply => reply.content.status + ' ' + (reply.content.evalue || ''))""", code)
+    assert status == "ok ", status
+
+
+def status(page, word: str):
+    page.wait_for_function("word => document.querySelector('.hl-explorer [role=status]').textContent.includes(word)", arg=word)
+
+
 def violations(page) -> list[str]:
     """What axe-core finds in the explorer, serious or critical."""
     page.evaluate((Path(find_spec("axe_playwright_python").origin).parent / "axe.min.js").read_text())
@@ -225,26 +262,27 @@ def lab(browser, jupyterlab):
 def test_the_slider_by_keyboard_and_mouse(lab):
     """Every step of the slider changes the state and the picture; once the sweep is there, within a frame or two."""
     before = plane(lab)
-    times = latencies(lab, ["ArrowRight"] * 12 + ["ArrowLeft"] * 8)
-    shows(lab, 2.5)
+    in_time("slider, sweep there", lambda: latencies(lab, ["ArrowRight"] * 12 + ["ArrowLeft"] * 8), 35, 80)
+    lab.keyboard.press("ArrowRight")
     assert plane(lab) != before
-    median, p90 = report("slider, sweep there", times)
-    assert median < 35 * slack() and p90 < 80 * slack()
-    box = lab.locator(".hl-explorer [name=guidance_scale]").bounding_box()
-    y = box["y"] + box["height"] / 2
-    lab.mouse.move(box["x"] + box["width"] / 4, y)
-    lab.mouse.down()
-    for i in range(20): lab.mouse.move(box["x"] + box["width"] * (0.25 + 0.025 * i), y)
-    lab.mouse.move(box["x"] + box["width"] - 2, y)
-    lab.mouse.up()
+    lab.evaluate("""() => { const root = document.querySelector('.hl-explorer');
+        const seen = window.seen = { least: Infinity, states: new Set() };
+        window.watcher = new MutationObserver(() => { seen.states.add(root.dataset.shown);
+            const c = root.querySelector('.plane canvas'), data = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+            let drawn = 0; for (let i = 0; i < data.length; i += 4 * 31) if (data[i] < 200) drawn++;
+            seen.least = Math.min(seen.least, drawn); });
+        window.watcher.observe(root, { attributes: true, attributeFilter: ['data-drawn'] }); }""")
+    drag(lab, 0.25, 1)
     shows(lab, 10)  # the last value wins
+    seen = lab.evaluate("() => { window.watcher.disconnect(); return [window.seen.least, [...window.seen.states]]; }")
+    assert seen[0] > 50 and "" not in seen[1] and len(seen[1]) > 3, seen  # nothing flickers: always a picture, always of a scale
     kernel = "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status"
     assert lab.evaluate(kernel) in ("idle", "busy") and lab.wrong == []
 
 
 def slack() -> float:
     """The limits are half as much again as what is promised, and more where other processes have the cores."""
-    return 1.5 * max(1.0, os.getloadavg()[0] / os.cpu_count())
+    return 1.5 * load()
 
 
 def test_a_new_question_shows_something_soon(lab):
@@ -336,10 +374,9 @@ def test_themes_and_accessibility(lab, theme):
     lab.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
     wanted = theme.split()[1].lower()
     lab.wait_for_function("wanted => document.querySelector('.hl-explorer').dataset.theme === wanted", arg=wanted)
-    lab.wait_for_timeout(200)
-    background = lab.evaluate("""() => { const c = document.querySelector('.hl-explorer .plane canvas');
-        return c.getContext('2d').getImageData(2, 2, 1, 1).data[0]; }""")
-    assert background < 60 if wanted == "dark" else background > 200
+    lab.wait_for_function("""wanted => { const c = document.querySelector('.hl-explorer .plane canvas');
+        const background = c.getContext('2d').getImageData(2, 2, 1, 1).data[0];
+        return wanted === 'dark' ? background < 60 : background > 200; }""", arg=wanted)
     assert violations(lab) == []
     small = lab.evaluate("""() => [...document.querySelectorAll('.hl-explorer *')].filter(e => e.textContent.trim() && e.offsetParent)
         .filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.className)""")
@@ -350,27 +387,105 @@ def test_the_kernel_computes_in_time(browser, jupyterlab):
     """Without the sweep every step goes to the kernel and back."""
     page = in_lab(browser, jupyterlab, "slow.ipynb", viewport={"width": 1400, "height": 1500})
     ready(page, 1)
-    times = latencies(page, ["ArrowRight"] * 20)
-    shows(page, 6.5)
-    median, p90 = report("slider, kernel computes", times)
-    assert median < 80 * slack() and p90 < 160 * slack() and page.wrong == []
+    seeds = iter("123")  # the scales are computed anew, and not remembered
+
+    def steps():
+        ask(page, "seed", next(seeds))
+        ready(page, 1)
+        page.focus(".hl-explorer [name=guidance_scale]")
+        page.keyboard.press("Home")
+        shows(page, 0)
+        return latencies(page, ["ArrowRight"] * 20)
+
+    in_time("slider, kernel computes", steps, 80, 160)
+    shows(page, 5)
+    page.evaluate("""() => { const root = document.querySelector('.hl-explorer'); window.shown = [];
+        new MutationObserver(() => { if (window.shown.at(-1) !== root.dataset.shown) window.shown.push(root.dataset.shown); })
+            .observe(root, { attributes: true, attributeFilter: ['data-drawn'] }); }""")
+    before = page.evaluate("() => Number(document.querySelector('.hl-explorer').dataset.frames)")
+    drag(page, 0.5, 0.55)
+    page.evaluate("""() => { const slider = document.querySelector('.hl-explorer [name=guidance_scale]');  // faster than any hand
+        for (let v = 5.75; v <= 10; v += 0.25) { slider.value = v; slider.dispatchEvent(new Event('input')); } }""")
+    shows(page, 10)  # the last value wins
+    ready(page, 1)
+    computed = page.evaluate("() => Number(document.querySelector('.hl-explorer').dataset.frames)") - before
+    assert computed < 10, computed  # of the 20 scales that the slider has passed: nothing stale is queued
+    page.wait_for_timeout(300)
+    assert page.evaluate("() => window.shown.at(-1)") == "10" and page.wrong == []
     page.context.close()
+
+
+def test_long_work_is_shown_and_can_be_left(lab):
+    """Stop in the middle of a sweep, then go on; UMAP's first fit goes on in the background and is stored."""
+    lab.select_option(".hl-explorer [name=num_inference_steps]", "100")
+    lab.select_option(".hl-explorer [name=chains]", "64")
+    status(lab, "computing all guidance scales")
+    assert lab.evaluate("() => document.querySelector('.hl-explorer progress').value") <= 1
+    lab.click(".hl-explorer button:text('Stop')")
+    status(lab, "stopped")
+    state = "() => { const d = document.querySelector('.hl-explorer').dataset; return [d.frames, d.busy]; }"
+    before = lab.evaluate(state)
+    lab.wait_for_timeout(700)
+    assert lab.evaluate(state) == before and int(before[0]) < 41 and before[1] == "false"
+    lab.focus(".hl-explorer [name=guidance_scale]")
+    lab.keyboard.press("ArrowLeft")
+    ready(lab)
+    lab.select_option(".hl-explorer [name=num_inference_steps]", "25")
+    lab.select_option(".hl-explorer [name=chains]", "16")
+    ready(lab)
+    execute(lab, "import hyperlatent.viz.explorer_engine as module; from pathlib import Path; from tempfile import mkdtemp\n"
+                 "stored, kept = Path(mkdtemp()), module.cache_folder; module.cache_folder = lambda: stored\n"
+                 "engine._planes.pop('umap', None); engine._scenes.pop('umap', None)")
+    lab.select_option(".hl-explorer [name=projection]", "umap")
+    status(lab, "UMAP")
+    assert lab.is_visible(".hl-explorer progress") and lab.is_visible(".hl-explorer button:text('Stop')")
+    lab.select_option(".hl-explorer [name=projection]", "pca")  # no need to wait
+    ready(lab)
+    lab.select_option(".hl-explorer [name=projection]", "umap")
+    ready(lab)
+    execute(lab, "module.cache_folder = kept; assert (stored / 'explorer-umap' / 'artifact.json').exists()")
+    lab.select_option(".hl-explorer [name=projection]", "pca")
+    ready(lab)
+    assert lab.wrong == []
+
+
+def test_whatever_goes_wrong_is_said(lab):
+    """An exception that nobody has foreseen, and a question that cannot be asked, leave the view and say what happened."""
+    ready(lab)
+    before = plane(lab)
+    ask(lab, "question", "what is the zebra made of")
+    assert "zebra" in alert(lab) and plane(lab) == before
+    assert lab.evaluate("() => document.querySelector('.hl-explorer').dataset.shown") != ""
+    ask(lab, "question", "what color is the star?")
+    ready(lab)
+    execute(lab, "engine.frame = None")
+    ask(lab, "seed", "11")
+    assert "TypeError" in alert(lab)
+    execute(lab, "del engine.frame")
+    ask(lab, "seed", "12")
+    ready(lab)
+    assert lab.inner_text(".hl-explorer [role=alert]") == "" and lab.wrong == []
 
 
 def test_two_views_two_tabs_and_a_restart(browser, jupyterlab):
     page = in_lab(browser, jupyterlab, "two.ipynb", viewport={"width": 1400, "height": 2600})
     page.wait_for_function("() => document.querySelectorAll('.hl-explorer').length === 2")
-    page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.frames >= 41)", timeout=120_000)
+    page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.frames >= 41)",
+                           timeout=120_000 * load())
     page.locator(".hl-explorer [name=guidance_scale]").first.focus()
     page.keyboard.press("End")
     page.wait_for_function("() => [...document.querySelectorAll('.hl-explorer')].every(e => e.dataset.shown === '10')")
     other = in_lab(browser, jupyterlab, "two.ipynb")  # the same kernel
-    other.wait_for_function("() => document.querySelector('.hl-explorer').dataset.frames >= 41", timeout=120_000)
+    other.wait_for_function("() => document.querySelector('.hl-explorer').dataset.frames >= 41", timeout=120_000 * load())
     page.keyboard.press("ArrowLeft")
     page.wait_for_function("() => document.querySelector('.hl-explorer').dataset.shown === '9.75'")
     assert other.evaluate("() => document.querySelector('.hl-explorer').dataset.shown") == "1.5"
     other.context.close()
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    if page.locator(".hl-explorer").count():  # what the old kernel has left on the page says that it has nobody to talk to
+        page.locator(".hl-explorer [name=seed]").first.fill("5")
+        page.keyboard.press("Enter")
+        status(page, "no answer from the kernel")
     run_all(page)
     ready(page)
     assert [wrong for wrong in page.wrong if "WebSocket" not in wrong] == []
@@ -389,7 +504,7 @@ def test_the_app(browser, folder):
     process, port = served(command, folder, port)
     try:
         page = opened(browser, f"http://127.0.0.1:{port}/?token={token}", viewport={"width": 500, "height": 1000})
-        page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000)
+        page.wait_for_selector(".hl-explorer[data-shown]", timeout=90_000 * load())
         ready(page)
         page.focus(".hl-explorer [name=guidance_scale]")
         page.keyboard.press("Home")
@@ -410,10 +525,26 @@ def test_the_page_without_a_kernel(browser, folder):
     page = opened(browser, (folder / "page.html").as_uri(), viewport={"width": 1300, "height": 1200})
     page.wait_for_selector(".hl-explorer[data-shown='1.5']")
     before = plane(page)
-    median, p90 = report("slider, page without a kernel", latencies(page, ["ArrowRight"] * 10))
-    assert plane(page) != before and median < 35 * slack()
+    in_time("slider, page without a kernel", lambda: latencies(page, ["ArrowRight"] * 10), 35, 80)
+    assert plane(page) != before
     assert violations(page) == [] and page.wrong == []
     page.context.close()
+
+
+def test_the_page_of_the_site_is_up_to_date(root):
+    """The script, the style and the numbers of docs/static/explorer.html are those of today's explorer and networks."""
+    from hyperlatent.viz.explorer_engine import Request, load_engine
+
+    page, viz = (root / "docs" / "static" / "explorer.html").read_text(encoding="utf-8"), root / "hyperlatent" / "viz"
+    old = "make page: docs/static/explorer.html is out of date"
+    assert (viz / "explorer.css").read_text(encoding="utf-8") in page, old
+    assert (viz / "explorer.js").read_text(encoding="utf-8").replace("export default", "const widget =") in page, old
+    settings, data = json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.DOTALL)[1])
+    frame = load_engine().frame(Request.of(settings | {"method": "classifier-free"}))
+    stored = next(buffers[0] for message, buffers in data if message["type"] == "frame" and message["gamma"] == settings["guidance_scale"])
+    numbers = torch.frombuffer(bytearray(base64.b64decode(stored)), dtype=torch.float32)
+    path, accuracy = numbers[:frame.path.numel()].view_as(frame.path), numbers[frame.path.numel():][:frame.accuracy.numel()]
+    assert torch.allclose(path, frame.path, atol=0.02) and abs(accuracy.mean() - frame.accuracy.mean()) < 0.01, old
 
 
 def test_no_curve_crosses_a_name(browser, folder):
@@ -434,7 +565,7 @@ def test_no_curve_crosses_a_name(browser, folder):
         (folder / "names.html").write_text(whole.replace("for (const [message, buffers] of data)", script, 1), encoding="utf-8")
         page = opened(browser, (folder / "names.html").as_uri(), viewport={"width": 1300, "height": 1200})
         page.wait_for_selector(".hl-explorer[data-shown='1.5']")
-        page.wait_for_timeout(200)
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         names.append(page.evaluate("""() => [...document.querySelectorAll('.hl-explorer .chart canvas')].map(canvas => {
             const g = canvas.getContext('2d'), r = window.devicePixelRatio;
             const cut = (...box) => [...g.getImageData(...box.map(x => x * r)).data];

@@ -20,7 +20,8 @@ def explorer_notebook(folder: str | None = None) -> dict:
     "A notebook that shows the explorer of a run; of the default networks without one."
     title = "# Watching guidance\nChoose or type a question, drag the guidance scale, and see the latents flow to other weights."
     code = ("from hyperlatent.viz.explorer import Explorer\nfrom hyperlatent.viz.explorer_engine import load_engine\n\n"
-            f"Explorer(load_engine({'' if folder is None else json.dumps(folder)}))")
+            + ('Explorer(load_engine(), question="what color is the object left of the diamond?")' if folder is None
+               else f"Explorer(load_engine({json.dumps(folder)}))"))
     cells = [{"cell_type": "markdown", "id": "title", "metadata": {}, "source": title},
              {"cell_type": "code", "id": "explorer", "metadata": {}, "source": code, "outputs": [], "execution_count": None}]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}

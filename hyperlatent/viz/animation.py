@@ -28,10 +28,10 @@ def animate_trajectories(
     path: str | Path,  # of a .gif or .mp4
     *,
     columns: int = 3,  # panels in a row
-    seconds: float = 4.0,  # of the movement
-    pause: float = 1.5,  # seconds at the end
+    seconds: float | int = 4.0,  # of the movement
+    pause: float | int = 1.5,  # seconds at the end
     frames_per_second: int = 10,
-    dpi: int = 80,  # pixels per inch: a panel is about 3 inches wide
+    dpi: int = 96,  # pixels per inch: a panel is about 3 inches wide, and on a page 96 pixels are an inch
 ) -> Path:
     """Write the trajectories as they move and return the path. Written whole or not at all.
 

@@ -7,6 +7,7 @@ __all__ = ['LINES', 'Curve', 'Panel', 'plot_curves']
 
 # %% ../../nbs/50_curves.ipynb #898c4ca8
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,10 +85,18 @@ def _draw_panel(ax, panel: Panel, xlabel: str):
         if curve.interval: ax.fill_between(curve.x, *zip(*curve.interval), color=style["color"], alpha=0.15, linewidth=0)
     for (name, height), dash in zip(panel.levels.items(), ((0, (4, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))):
         ax.axhline(height, color=BLACK, linewidth=1.2, linestyle=dash, label=name, alpha=0.75)
-    ax.set(xlabel=xlabel, ylabel=panel.label, title=panel.title)
-    if len(names := ax.get_legend_handles_labels()[1]) > 1:
-        room = int(15 * ax.figure.get_figwidth() / ax.get_gridspec().ncols)  # about as many letters fit beside each other
-        columns = max(1, min(len(names), room // (max(map(len, names)) + 5)))
-        ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, borderaxespad=0.2, handlelength=2.2,
-                  columnspacing=1.0, handletextpad=0.5)
-        ax.set_title(panel.title, pad=6 + 13 * math.ceil(len(names) / columns))
+    height = ax.figure.get_figheight() / ax.get_gridspec().nrows
+    ax.set(xlabel=xlabel, ylabel=textwrap.fill(panel.label, int(8 * height)), title=panel.title)
+    _name_curves(ax, len(ax.get_legend_handles_labels()[1]), panel.title)
+
+
+def _name_curves(ax, names: int, title: str):
+    "The legend above the panel, in as many columns as fit there; it takes no room from the panel's width."
+    last = ax.get_subplotspec().is_last_col()
+    room = ax.figure.bbox.width / ax.get_gridspec().ncols * (0.85 if last else 0.95)
+    for columns in range(names if names > 1 else 0, 0, -1):
+        legend = ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, borderaxespad=0.2,
+                           handlelength=2.2, columnspacing=1.0, handletextpad=0.5)
+        legend.set_in_layout(False)
+        if legend.get_window_extent().width <= room or columns == 1:
+            return ax.set_title(title or " ", pad=6 + 14 * math.ceil(names / columns))  # the title keeps the room for it

@@ -35,7 +35,7 @@ export function mount(el, link) {
   root.addEventListener("keydown", event => event.stopPropagation());
   const state = { ...DEFAULTS, ...link.settings }, sweeps = new Map();
   let scene = null, asked = null, land = null, ghost = null, hover = -1, pinned = -1, step = 1e9, playing = false, dirty = false;
-  let shown = null, walk = null, options = [];
+  let shown = null, walk = null, good = null; // good: the settings of the last frame that was drawn as asked
 
   // ---------------------------------------------------------------- controls
   const labelled = (text, control, extra = {}) => element("label", extra, element("span", {}, text), control);
@@ -94,7 +94,7 @@ export function mount(el, link) {
     canvas.setAttribute("role", "img");
     return { canvas, title, node: element("figure", { className: kind }, title, canvas) };
   };
-  const left = figure("plane", "Classifier-free guidance"), right = figure("plane", "Classifier guidance");
+  const left = figure("plane", "HyperLDM, classifier-free"), right = figure("plane", "HyperCLIP, classifier guidance");
   const along = figure("chart", "Along the path: accuracy and cosine"), curve = figure("chart", "This question's accuracy over the guidance scale");
   const legend = element("div", { className: "legend" }), strip = element("ul", { className: "strip" });
   const only = (...nodes) => link.still ? "" : nodes[0];
@@ -110,7 +110,7 @@ export function mount(el, link) {
     element("h3", { textContent: "Query pictures: answers of all chains together; the mark is the unguided network's probability" }), strip);
 
   // ---------------------------------------------------------------- state
-  let timer = 0;
+  let timer = 0, silence = 0;
   function change(values) {
     const before = keyOf(state);
     Object.assign(state, values);
@@ -123,14 +123,19 @@ export function mount(el, link) {
     // with this frame already here, the kernel need not hurry; without it, every millisecond counts
     if (sweep().get(state.guidance_scale) && "guidance_scale" in values) timer = setTimeout(tell, 150); else tell();
   }
-  const tell = () => link.set({ ...state });
+  function tell() {
+    link.set({ ...state });
+    clearTimeout(silence);
+    silence = setTimeout(() => working("no answer from the kernel so far: if it was restarted, run the cell again", null, false), 5000);
+  }
   function working(text, part, busy = true) {
     statusText.textContent = text;
     progress.hidden = stop.hidden = !busy;
     if (part != null) progress.value = part; else progress.removeAttribute("value");
     root.dataset.busy = busy;
   }
-  function sweep(key = keyOf(state)) {
+  const viewed = () => error.textContent && good ? good : keyOf(state); // what cannot be asked leaves the view as it was
+  function sweep(key = viewed()) {
     if (!sweeps.has(key)) {
       sweeps.set(key, new Map());
       while (sweeps.size > 6) sweeps.delete(sweeps.keys().next().value);
@@ -138,12 +143,13 @@ export function mount(el, link) {
     return sweeps.get(key);
   }
   function show() {
-    const key = keyOf(state), frames = sweep(key);
+    const frames = sweep();
     // show the nearest scale that is there while the exact one is on its way
     let best = null;
     if (state.method !== "classifier") for (const [g, f] of frames) if (g !== "walk" && (!best || Math.abs(g - state.guidance_scale) < Math.abs(best.gamma - state.guidance_scale))) best = f;
     walk = state.method === "classifier-free" ? null : frames.get("walk") || null;
     shown = state.method === "classifier" ? walk : best;
+    if (shown) good = viewed();
     for (const [name, control] of Object.entries(controls)) if (document.activeElement !== control || control.tagName === "SELECT") control.value = state[name];
     slider.value = state.guidance_scale;
     sliderValue.textContent = state.guidance_scale.toFixed(2);
@@ -152,8 +158,8 @@ export function mount(el, link) {
     controls.prior_weight.disabled = state.method === "classifier-free";
     controls.negative_question.disabled = controls.sampler.disabled = state.method === "classifier";
     right.node.hidden = state.method !== "both";
-    left.title.textContent = state.method === "classifier" ? "Classifier guidance (HyperCLIP)" : `Classifier-free guidance (HyperLDM), γ = ${(shown && shown.gamma !== "walk" ? shown.gamma : state.guidance_scale).toFixed(2)}`;
-    right.title.textContent = "Classifier guidance (HyperCLIP)";
+    left.title.textContent = state.method === "classifier" ? "HyperCLIP, classifier guidance" : `HyperLDM, classifier-free, γ = ${(shown && shown.gamma !== "walk" ? shown.gamma : state.guidance_scale).toFixed(2)}`;
+    right.title.textContent = "HyperCLIP, classifier guidance";
     redraw();
   }
   const redraw = () => { if (!dirty) { dirty = true; requestAnimationFrame(draw); } };
@@ -185,6 +191,7 @@ export function mount(el, link) {
 
   // ---------------------------------------------------------------- messages
   function receive(message, buffers) {
+    clearTimeout(silence);
     const floats = i => { const b = buffers[i]; return new Float32Array(b.buffer.slice(b.byteOffset, b.byteOffset + b.byteLength)); };
     if (message.type === "scene") {
       scene = { ...message, points: floats(0) };
@@ -199,11 +206,16 @@ export function mount(el, link) {
       asked = { ...message, before: floats(0) };
       asked.urls = message.pictures ? buffers.slice(1).map(b => URL.createObjectURL(new Blob([b], { type: "image/png" }))) : [];
       strip.replaceChildren();
-      note.textContent = message.note;
+      drawLegend();
+      note.textContent = link.still ? "" : message.note; // there the question is the heading
+      controls.question.placeholder = message.question;
       if (land && land.question !== asked.question) land = null;
     } else if (message.type === "landscape") {
       const values = floats(0);
-      if (keyOf(message.settings) === keyOf(state)) land = { ...message, values, image: landscapeImage(values, message.size) };
+      if (!asked || keyOf(message.settings) !== keyOf(state)) return;
+      asked.low = message.low;
+      drawLegend();
+      land = { ...message, values, image: landscapeImage(values, message.size) };
     } else if (message.type === "frame") {
       const data = floats(0), { points: p, chains: c, key_points: k, shape } = message;
       const f = { ...message, path: data.subarray(0, p * c * 2), accuracy: data.subarray(p * c * 2, p * c * 3), cosine: data.subarray(p * c * 3, p * c * 4), votes: data.subarray(p * c * 4) };
@@ -250,8 +262,10 @@ export function mount(el, link) {
     return svg;
   }
   function drawLegend() {
+    const low = asked ? asked.low : 0;
     if (scene) legend.replaceChildren(...scene.names.map((n, i) => element("span", {}, swatch(i), n || "zoo")),
-      element("span", {}, bar(), "low to high accuracy: paths and background"), element("span", {}, "○ start   ● end"));
+      element("span", {}, "accuracy (paths, background): ", element("span", { className: "scale" }, percent(low), bar(), "100 %")),
+      element("span", {}, "○ start   ● end   ◆ end beyond the edge"));
   }
   function bar() {
     const node = element("i", { className: "bar" });
@@ -260,10 +274,10 @@ export function mount(el, link) {
   }
   function landscapeImage(values, size) {
     const image = element("canvas", { width: size, height: size }), g = image.getContext("2d"), data = g.createImageData(size, size);
-    const low = Math.min(...values), high = Math.max(...values);
+    const { low } = asked; // as for the paths: up to 100 %
     for (let i = 0; i < values.length; i++) {
       const row = size - 1 - Math.floor(i / size), at = 4 * (row * size + i % size);
-      const [r, gr, b] = cividis((values[i] - low) / (high - low || 1)).match(/\d+/g).map(Number);
+      const [r, gr, b] = cividis((values[i] - low) / (1 - low || 1)).match(/\d+/g).map(Number);
       data.data.set([r, gr, b, 255], at);
     }
     g.putImageData(data, 0, 0);
@@ -308,9 +322,9 @@ export function mount(el, link) {
     if (!faint) {
       g.globalAlpha = 1; g.lineWidth = 1.7;
       // one stroke for all segments of a colour: thousands of strokes would cost the frame
-      const batches = new Map(), [low, high] = f.range;
+      const batches = new Map(), { low } = asked;
       for (let p = 1; p <= upto; p++) for (let i = 0; i < c; i++) {
-        const level = Math.round(15 * (accuracy[p * c + i] - low) / (high - low || 1));
+        const level = Math.round(15 * Math.min(1, Math.max(0, (accuracy[p * c + i] - low) / (1 - low || 1))));
         if (!batches.has(level)) batches.set(level, new Path2D());
         const line = batches.get(level); line.moveTo(...at(p - 1, i)); line.lineTo(...at(p, i));
       }
@@ -318,7 +332,9 @@ export function mount(el, link) {
     }
     for (let i = 0; i < c; i++) {
       if (!faint) { g.fillStyle = css.bg; g.strokeStyle = css.fg; g.lineWidth = 1; g.beginPath(); g.arc(...at(0, i), 2.6, 0, 7); g.fill(); g.stroke(); }
-      g.fillStyle = faint ? css.soft : css.fg; g.beginPath(); g.arc(...at(upto, i), faint ? 3 : 3.4, 0, 7); g.fill();
+      const [x, y] = at(upto, i), cx = Math.min(b.x + b.w - 5, Math.max(b.x + 5, x)), cy = Math.min(b.y + b.h - 5, Math.max(b.y + 5, y));
+      const outside = x < b.x || x > b.x + b.w || y < b.y || y > b.y + b.h; // its place on the edge, as another shape
+      g.fillStyle = faint ? css.soft : css.fg; symbol(g, outside ? "diamond" : "disc", ...(outside ? [cx, cy] : [x, y]), faint ? 3 : 3.4);
       if (!faint) { g.strokeStyle = css.bg; g.lineWidth = .8; g.stroke(); }
     }
     g.globalAlpha = 1;
@@ -456,7 +472,7 @@ export function mount(el, link) {
   for (const view of [left, right]) {
     view.canvas.addEventListener("pointermove", event => { const i = nearest(view, event); if (i !== hover) { hover = i; name(i, event); redraw(); } });
     view.canvas.addEventListener("pointerleave", () => { hover = -1; tip.hidden = true; redraw(); });
-    view.canvas.addEventListener("click", event => { pinned = nearest(view, event); note.textContent = pinned < 0 ? (asked ? asked.note : "") : `Zoo point of the training question: ${scene.questions[pinned]}`; redraw(); });
+    view.canvas.addEventListener("click", event => { pinned = nearest(view, event); note.textContent = pinned < 0 ? (asked && !link.still ? asked.note : "") : `Zoo point of the training question: ${scene.questions[pinned]}`; redraw(); });
   }
 
   // ---------------------------------------------------------------- theme and size
@@ -479,7 +495,7 @@ export function mount(el, link) {
   for (const view of [left, right, along, curve]) sizes.observe(view.canvas);
   dress();
   show();
-  return { receive, adopt, destroy() { watcher.disconnect(); sizes.disconnect(); media.removeEventListener("change", dress); clearTimeout(timer); playing = false; root.remove(); } };
+  return { receive, adopt, destroy() { watcher.disconnect(); sizes.disconnect(); media.removeEventListener("change", dress); clearTimeout(timer); clearTimeout(silence); playing = false; root.remove(); } };
 }
 
 // The widget: settings are a synchronised trait, everything else comes as messages.

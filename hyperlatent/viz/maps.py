@@ -69,7 +69,7 @@ def plot_maps(
         for ax in axes.flat[len(maps):]: ax.remove()
         order = list(dict.fromkeys(kind for one in maps for kind in one.kinds))  # one colour for a kind in all maps
         for ax, one in zip(axes.flat, maps):
-            draw_zoo(ax, one.points, one.kinds, order)
+            draw_zoo(ax, one.points, one.kinds, order, size=13 if len(one.points) > 300 else 20, alpha=0.7)
             ax.set(title=one.title, xticks=[], yticks=[], xlabel="" if shared else one.labels[0], ylabel="" if shared else one.labels[1])
         if shared:
             figure.supxlabel(maps[0].labels[0], fontsize=10)

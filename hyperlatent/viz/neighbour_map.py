@@ -26,16 +26,18 @@ class NeighbourMap:
     places: Float[Tensor, "row 2"]
     trustworthiness: float  # from 0 to 1: how rarely strangers become neighbours (Venna and Kaski 2001)
 
-    neighbours = 10  # that a new latent is placed among
+    among = 10  # as many neighbours is a new latent placed among
 
     @classmethod
     def fit(cls,
         latents: Float[Tensor, "*rows latent"],
         seed: int = 0,
         say: Callable[[str], None] = lambda line: None,  # told what is going on: the first fit takes up to a minute
+        neighbours: int = 15,  # of each, that UMAP keeps together: more for the great lines, fewer for small groups
     ) -> "NeighbourMap":
         "Fit UMAP. Raises `HyperLatentError` for fewer than 20 latents, NaN or infinity."
         rows = latents.detach().flatten(0, -2).float().cpu()
+        neighbours = min(neighbours, len(rows) - 1)
         if len(rows) < 20 or not rows.isfinite().all():
             raise HyperLatentError(f"{len(rows)} latents cannot be mapped", "Give 20 or more, all of them finite")
         say("UMAP: loading the library")
@@ -47,19 +49,21 @@ class NeighbourMap:
         say(f"UMAP: fitting {len(rows)} latents, once")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "n_jobs value")  # one seed, one thread
-            places = umap.UMAP(n_neighbors=15, min_dist=0.3, random_state=seed).fit_transform(rows.numpy())
+            places = umap.UMAP(n_neighbors=neighbours, min_dist=0.3, random_state=seed).fit_transform(rows.numpy())
         say("UMAP: measuring its trustworthiness")
         return cls(rows, torch.from_numpy(places).float(), float(trustworthiness(rows.numpy(), places, n_neighbors=10)))
 
     @classmethod
-    def kept(cls, folder: str | Path, latents: Float[Tensor, "*rows latent"], say=lambda line: None) -> "NeighbourMap":
+    def kept(cls, folder: str | Path, latents: Float[Tensor, "*rows latent"], say: Callable[[str], None] = lambda line: None,
+             neighbours: int = 15) -> "NeighbourMap":
         "The map in a folder, or a new one that is stored there if it is not the map of these latents."
-        inputs, folder = {"latents": fingerprint({"latents": latents.detach().cpu().contiguous()})}, Path(folder)
+        latents, folder = latents.detach().cpu().contiguous(), Path(folder)
+        inputs = {"latents": fingerprint({"latents": latents, "neighbours": torch.tensor(neighbours)})}
         if (folder / "artifact.json").exists():
             artifact = load_artifact(folder, "umap")
             if artifact.inputs == inputs:
                 return cls(artifact.tensors["latents"], artifact.tensors["places"], float(artifact.metrics["trustworthiness"]))
-        found = cls.fit(latents, say=say)
+        found = cls.fit(latents, say=say, neighbours=neighbours)
         save_artifact(folder, "umap", dict(latents=found.latents, places=found.places), inputs=inputs,
                       metrics=dict(trustworthiness=found.trustworthiness))
         return found
@@ -72,11 +76,11 @@ class NeighbourMap:
     def project(self, latents: Float[Tensor, "*rows latent"]) -> Float[Tensor, "*rows 2"]:
         "The places of latents: their own if they were fitted, and else among those of their nearest neighbours."
         flat = latents.detach().float().cpu().flatten(0, -2)
-        return _among(flat, self.latents, self.places, self.neighbours).view(*latents.shape[:-1], 2)
+        return _among(flat, self.latents, self.places, self.among).view(*latents.shape[:-1], 2)
 
     def lift(self, points: Float[Tensor, "*rows 2"]) -> Float[Tensor, "*rows latent"]:
         "A latent for every place: the average of the nearest fitted ones."
-        return _among(points.float().flatten(0, -2), self.places, self.latents, self.neighbours).view(*points.shape[:-1], -1)
+        return _among(points.float().flatten(0, -2), self.places, self.latents, self.among).view(*points.shape[:-1], -1)
 
 
 def _among(points: Tensor, known: Tensor, values: Tensor, k: int) -> Tensor:

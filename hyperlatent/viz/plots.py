@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'VERMILION', 'PURPLE', 'STYLE', 'REFERENCES', 'KIND_COLORS',
-           'save_figure', 'plot_guidance_scale', 'accuracy_along', 'plot_trajectories', 'trajectory_figure', 'draw_zoo',
-           'marker_legend']
+           'KIND_MARKERS', 'save_figure', 'plot_guidance_scale', 'accuracy_along', 'plot_trajectories',
+           'trajectory_figure', 'draw_zoo', 'marker_legend']
 
 # %% ../../nbs/40_plots.ipynb #f69cc46c
 import math
@@ -112,6 +112,7 @@ def accuracy_along(
 
 # %% ../../nbs/40_plots.ipynb #9af3e9e8
 KIND_COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW)
+KIND_MARKERS = ("o", "s", "^", "D", "P", "v", "X")  # as many as colours, so that a kind has both
 
 
 def plot_trajectories(
@@ -150,7 +151,7 @@ def trajectory_figure(plane: Plane, zoo_points: Tensor, zoo_kinds: Sequence[str]
             ax.set(title=title, xlim=limits[0], ylim=limits[1], aspect="equal")
         chains = [_Chains(ax, path, 100 * color, scale) for ax, path, color in zip(axes.flat, paths, colors)]
         figure.colorbar(chains[0].lines, ax=axes, label="accuracy along the path (%)", shrink=0.8, aspect=30)
-        figure.supxlabel(f"first principal component of the zoo ({100 * plane.share[0]:.0f} % of the variance)", fontsize=10)
+        figure.supxlabel(plane.labels[0], fontsize=10)
         figure.supylabel(f"second ({100 * plane.share[1]:.0f} %)", fontsize=10)
         figure.legend(*marker_legend(axes[0, 0]), loc="outside upper center", ncols=7, frameon=False, handletextpad=0.2)
     return figure, lambda share: [one.show(share) for one in chains]
@@ -175,12 +176,13 @@ def _limits(zoo: Tensor, path: Tensor) -> tuple[list[tuple[float, float]], float
     return list(zip((low - margin).tolist(), (high + margin).tolist())), height / width
 
 
-def draw_zoo(ax, points: Float[Tensor, "row 2"], kinds: Sequence[str], order: Sequence[str] = ()):
-    "Points in the colour of their kind, on a matplotlib axis. The colours follow `order`, or else what comes first."
+def draw_zoo(ax, points: Float[Tensor, "row 2"], kinds: Sequence[str], order: Sequence[str] = (), size: float | int = 9,
+             alpha: float = 0.45):
+    "Points in the colour and shape of their kind, on a matplotlib axis. Both follow `order`, or else what comes first."
     names = list(dict.fromkeys([*order, *kinds]))
-    for kind, color in zip(names, KIND_COLORS * len(names)):
+    for kind, color, marker in zip(names, KIND_COLORS * len(names), KIND_MARKERS * len(names)):
         chosen = points[[k == kind for k in kinds]]
-        ax.scatter(*chosen.T, s=7, color=color, alpha=0.4, linewidths=0, label=kind or "zoo", rasterized=True)
+        ax.scatter(*chosen.T, s=size, color=color, marker=marker, alpha=alpha, linewidths=0, label=kind or "zoo", rasterized=True)
 
 
 class _Chains:
@@ -211,7 +213,7 @@ def marker_legend(ax) -> tuple[list, list[str]]:
     from matplotlib.lines import Line2D
 
     handles, labels = ax.get_legend_handles_labels()
-    solid = [Line2D([], [], linestyle="", marker="o", markersize=6, markerfacecolor=handle.get_facecolor()[0, :3],
+    solid = [Line2D([], [], linestyle="", marker=handle.get_paths()[0], markersize=7, markerfacecolor=handle.get_facecolor()[0, :3],
                     markeredgecolor=handle.get_edgecolor()[0] if label in ("start", "end") else "none")
              for handle, label in zip(handles, labels)]
     return solid, labels
