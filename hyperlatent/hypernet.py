@@ -52,6 +52,10 @@ class HNet(nn.Module):
         # a unit vector's components are near 1/sqrt(dim), but networks learn best from components near 1
         return self.z0 + self.reader(questions * questions.shape[-1] ** 0.5)
 
+    def priors(self, questions: Float[Tensor, "*batch question_dim"]) -> Float[Tensor, "1 *batch latent"]:
+        "All the latents that are expected for a question: one; a committee of such networks expects several."
+        return self.prior(questions)[None]
+
     def trunk(self, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch unit"]:
         "The last hidden layer, of which the weights are a linear function: `readout`."
         for layer in self.layers[:-1]: z = self.dropout(layer(z).relu())

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['accuracy', 'prior_accuracy', 'validation_batches', 'train_mnet', 'multitask_loss', 'initial_weights', 'TaskLatents',
-           'draw_tasks', 'auto_decoder_loss', 'maml_loss', 'train_hnet']
+           'draw_tasks', 'auto_decoder_loss', 'maml_loss', 'train_hnet', 'train_committee']
 
 # %% ../nbs/23_meta.ipynb #e5069a5e
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .adapt import DirectWeights, adapt
 from .base import BaseNetwork
+from .committee import Committee
+from .errors import ConfigError
 from .hypernet import HNet
 from .processes import ALONE, Share, mean_score, whole_dropout
 from .settings import AdaptConfig, GeneratorConfig, MultitaskConfig
@@ -150,6 +153,7 @@ def train_hnet(
     config: GeneratorConfig,
     *,
     num_unconditional: int = 0,  # of the tasks, the last ones, have no description: see `draw_tasks`
+    like: HNet | None = None,  # takes its start and its map of questions, as a further member of its committee
     seed: int = 0,
     **options,  # of `fit`
 ) -> tuple[HNet, FitResult]:
@@ -163,6 +167,7 @@ def train_hnet(
     hnet = HNet(base.n_weights, config.latent_dim, config.hidden, config.output_scale, lots, question_dim, config.dropout)
     if joint:
         with torch.no_grad(): hnet.layers[-1].bias.copy_(initial_weights(base, 0.1, lots))
+    if like: hnet.load_state_dict({name: x for name, x in like.state_dict().items() if not name.startswith("layers")}, strict=False)
     model: nn.Module = hnet
     loss: Callable[..., Tensor] = maml_loss
     if with_latents:
@@ -174,3 +179,32 @@ def train_hnet(
     learn = lambda model, generator, share: loss(model, base, tasks, config, generator, num_unconditional, share=share)
     result = fit(model, learn, config.fit, validate=score if held_out else None, seed=seed, description="hypernetwork", **options)
     return network(model), result
+
+# %% ../nbs/23_meta.ipynb #efbede96
+def train_committee(
+    base: BaseNetwork,
+    tasks: TaskSource,  # meta-train
+    validation: TaskSource,  # meta-validation
+    config: GeneratorConfig,  # its method is "joint"; of each of its `members`
+    *,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,  # each member has one of its own beside it
+    name: str = "",
+    **options,  # of `train_hnet`
+) -> tuple[Committee, FitResult]:
+    "Train `config.members` hypernetworks. Raises `ConfigError` for members that do not know of language."
+    if config.method != "joint": raise ConfigError(f"a committee of {config.method!r} members", "Use members: 1, or the method 'joint'")
+    networks, whole = list[HNet](), FitResult()
+    for i in range(config.members):
+        path = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-{i}") if checkpoint else None
+        network, result = train_hnet(base, tasks, validation, config, like=networks[0] if networks else None, seed=seed + 1000 * i,
+                                     checkpoint=path, name=f"{name}-{i}", **options)
+        networks.append(network)
+        whole.history += [row | {"step": whole.steps + row["step"]} for row in result.history]
+        whole.steps, whole.loss = whole.steps + result.steps, result.loss
+    committee = Committee(base.n_weights, config.latent_dim, config.hidden, networks[0].reader.in_features, networks=networks,  # type: ignore[union-attr]
+                          members=config.members).eval()
+    whole.best_step, held_out = whole.steps, validation_batches(base, validation)
+    votes = lambda batch: base.ensemble_accuracy(committee(committee.priors(batch.question_features)), batch.query, batch)
+    with torch.no_grad(): whole.best_score = mean_score(votes, held_out) if held_out else whole.best_score
+    return committee, whole

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .artifacts import load_artifact, save_artifact
 from .base import CLIPAdapter
+from .committee import Committee
 from .compact import compact, restored
 from .config import from_dict, to_dict
 from .errors import ArtifactError, HyperLatentError
@@ -67,7 +68,7 @@ class Background:
 class PipelineParts:
     "Trained networks and what belongs to them. The question encoder is kept as its words, or left to the CLIP encoder."
     base: CLIPAdapter
-    generator_network: HNet  # latents to weights
+    generator_network: HNet | Committee  # latents to weights
     denoiser: Denoiser
     hyperclip: HyperCLIP
     centre: Float[Tensor, "question_dim"]  # of the question encoder
@@ -88,7 +89,7 @@ class PipelineParts:
 
 # %% ../nbs/36_pipeline_parts.ipynb #ba2bd9c1
 KIND, FORMAT = "pipeline", 1
-_NETWORKS = {"generator_network": HNet, "denoiser": Denoiser, "hyperclip": HyperCLIP}
+_NETWORKS: dict[str, Any] = {"generator_network": HNet, "denoiser": Denoiser, "hyperclip": HyperCLIP}
 _AGAIN = "Save the pipeline again, or download it again"
 
 
@@ -98,8 +99,10 @@ def save_parts(
     dtype: torch.dtype = torch.float16,  # of the stored matrices, see `compact`; they are restored to float32
 ) -> None:
     "Write the parts as an artifact of kind 'pipeline'. Raises `ArtifactError`."
-    network = parts.generator_network
-    hnet = dict(n_weights=network.n_weights, latent_dim=network.latent_dim, hidden=[x.out_features for x in network.layers[:-1]])
+    network, first = parts.generator_network, getattr(parts.generator_network, "members", [parts.generator_network])[0]
+    hnet = dict(n_weights=first.n_weights, latent_dim=first.latent_dim, hidden=[x.out_features for x in first.layers[:-1]])
+    if first.reader: hnet["question_dim"] = first.reader.in_features
+    if isinstance(network, Committee): hnet["members"] = len(network.members)
     architectures = {"base": dict(dim=parts.base.dim, hidden=parts.base.hidden, logit_scale=parts.base.logit_scale),
                      "generator_network": hnet, "denoiser": parts.denoiser.config, "hyperclip": parts.hyperclip.config}
     tensors = {f"{name}.{key}": x for name in _NETWORKS for key, x in getattr(parts, name).state_dict().items()}
@@ -125,7 +128,8 @@ def load_parts(folder: str | Path) -> PipelineParts:
     config = from_dict(PipelineConfig, about.get("settings"), source=f"pipeline.json in {str(folder)!r}")
     try:
         tensors, architectures = restored(artifact.tensors), about["architectures"]
-        networks: dict[str, Any] = {name: _network(cls, architectures[name], tensors, name) for name, cls in _NETWORKS.items()}
+        kinds = _NETWORKS | ({"generator_network": Committee} if "members" in architectures["generator_network"] else {})
+        networks: dict[str, Any] = {name: _network(cls, architectures[name], tensors, name) for name, cls in kinds.items()}
         words = None
         if about["words"] is not None:
             length = _count(about["words"]["context_length"], 10_000)
@@ -159,7 +163,7 @@ def _network(cls: type[nn.Module], architecture: Mapping[str, Any], tensors: Map
     return network.eval().requires_grad_(False)
 
 
-_MOST = {"n_blocks": 256, "num_train_timesteps": 100_000}  # what costs time even without memory
+_MOST = {"n_blocks": 256, "members": 64, "num_train_timesteps": 100_000}  # what costs time even without memory
 
 
 def _bounded(value: Any, most: int = 2**24) -> Any:

@@ -60,7 +60,7 @@ def unguided(trained: Trained, batch: TaskBatch, config: Config) -> list[Row]:
     nearest = nearest_task_latents(models, batch.question_features)
     rows += [*text_rows(models, trained.networks, batch), Row("nearest_task", None, models.score_latents(nearest[None], batch))]
     if getattr(models.hnet, "reader", None) is not None:
-        rows.append(Row("hnet_prior", None, models.score_latents(models.hnet.prior(batch.question_features)[None], batch)))
+        rows.append(Row("hnet_prior", None, models.score_latents(models.hnet.priors(batch.question_features), batch)))
     return rows
 
 

@@ -91,6 +91,7 @@ class GeneratorConfig:
     offset_penalty: float = 1e-3  # auto_decoder, joint: of the squared distance to the start, or prior
     start_share: float = 0.15  # auto_decoder, joint: share of the latents that are the start itself
     offset_rate: float = 30.0  # auto_decoder, joint: how much faster latents move than the network's weights
+    members: int = 1  # joint: hypernetworks that are trained one after the other and share a latent space, see `Committee`
     fit: FitConfig = FitConfig(steps=27_000)  # 1000 epochs of 870 tasks, 32 at a time
 
 

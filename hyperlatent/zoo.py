@@ -75,7 +75,7 @@ def build_zoo(
     *,
     seed: int = 0,
     max_tasks: int = 0,  # adapted at once, fewer where memory does not suffice; 0: `base.max_tasks`
-    start: Callable[[Tensor], Tensor] | None = None,  # questions to the latents to begin with, as `HNet.prior`; None: `z0`
+    start: Callable[[Tensor], Tensor] | None = None,  # questions to the latents to begin with, taken in turn: `HNet.priors`; None: `z0`
     progress: bool = True,
     share: Share = ALONE,  # of several processes, each of which adapts its tasks and gets the whole zoo
 ) -> Zoo:
@@ -89,7 +89,7 @@ def build_zoo(
             def adapted(first: int, last: int, run=run) -> None:
                 # a generator for each chunk, all alike: a task's samples do not depend on its chunk
                 chunk = own[first:last]
-                latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run), start)
+                latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run), start, run)
                 bar.update(len(chunk))
 
             chunked(adapted, len(own), size)
@@ -97,11 +97,12 @@ def build_zoo(
     return Zoo(latents, *tasks.question_phrases())
 
 
-def _adapt_chunk(generator, base, tasks, chunk, config, lots, start) -> Tensor:
+def _adapt_chunk(generator, base, tasks, chunk, config, lots, start, run) -> Tensor:
     "Latents of some tasks after one run each."
     batch = tasks.batch(chunk, num_support=1, num_query=1, phrase="random" if start else 0, generator=lots)
-    number, begin = config.samples_per_task or 2**31, start(batch.question_features).detach() if start else None
+    number, begins = config.samples_per_task or 2**31, start(batch.question_features).detach() if start else None
     batch = replace(batch, support=tasks.samples_batch(chunk, number, lots))
+    begin = begins[run % len(begins)] if begins is not None else None
     return adapt(generator, base, batch, start=begin, **vars(config.inner))
 
 
