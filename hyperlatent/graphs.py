@@ -26,7 +26,7 @@ class _Recording:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream): _uncached(function, self.places)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"): self.result = _uncached(function, self.places)
+        with torch.cuda.graph(self.graph, pool=pool): self.result = _uncached(function, self.places)
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Any:
         for i, x in enumerate(inputs):
