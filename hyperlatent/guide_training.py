@@ -18,6 +18,7 @@ from .base import BaseNetwork
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .hyperclip import HyperCLIP, info_nce
 from .hyperldm import Denoiser, Drawn, draw_noise, loss_at
+from .latent_weights import latent_accuracy
 from .memory import chunked
 from .processes import Share, mean_score
 from .settings import HyperCLIPConfig, HyperLDMConfig
@@ -62,7 +63,7 @@ def train_hyperclip(
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         lots = torch.Generator().manual_seed(0)
         z = walk(ClassifierGuidance(model, generator_network), batch.question_features, config, generator=lots).final
-        return base.ensemble_accuracy(generator_network(z), batch.query, batch)
+        return latent_accuracy(generator_network, base, z, batch.query, batch)
 
     validate = _mean_score(score, validation, base.max_tasks // config.num_samples)
     return model, fit(model, loss, config.fit, draw=draw, validate=validate, seed=seed, description="HyperCLIP", **options)
@@ -119,7 +120,7 @@ def train_hyperldm(
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         guide = ClassifierFreeGuidance(model, config.scheduler)
         z = sample(guide, batch.question_features, config, generator=torch.Generator().manual_seed(0))
-        return base.ensemble_accuracy(generator_network(z.final), batch.query, batch)
+        return latent_accuracy(generator_network, base, z.final, batch.query, batch)
 
     validate = _mean_score(score, validation, base.max_tasks // config.num_samples)
     return model, fit(model, loss, config.fit, draw=draw, validate=validate, seed=seed, description="HyperLDM", **options)
