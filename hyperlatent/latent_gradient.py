@@ -11,9 +11,8 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .base import BaseNetwork, CLIPAdapter
+from .base import BaseNetwork, CLIPAdapter, cross_entropy, masked_mean
 from .latent_weights import Readout, by_blocks
 from .products import pairwise, product
 from .tasks import TaskBatch
@@ -33,7 +32,7 @@ class LatentGradient:
         batch: TaskBatch,
         dtype: torch.dtype = torch.float32,
         block_bytes: int = 2**25,  # about how much of the tasks' weights is held at once
-        tasks: int = 64,  # that are computed at once: as many as large products need, and as few as the cache bears
+        tasks: int = 32,  # that are computed at once: as many as large products need, and as few as the cache bears
     ):
         self.generator, self.base, self.dtype, self.calls = generator, base, dtype, 0
         self.parts = [batch.map(lambda x, i=i: x[i:i + tasks]) for i in range(0, len(batch), tasks)]
@@ -76,12 +75,17 @@ PACK = 12  # calls after which it pays to pack the blocks
 
 def _loss_gradient(base: CLIPAdapter, moved: Tensor, batch: TaskBatch) -> Tensor:
     "How the sum of the tasks' losses changes with the adapted features before they are normalised."
-    # of as many tasks at once as the cache holds
-    tasks, found = max(1, 2**18 // moved[0].numel()), torch.empty_like(moved)
+    tasks, found = max(1, 2**18 // moved[0].numel()), torch.empty_like(moved)  # as many at once as the cache holds
     for i in range(0, len(moved), tasks):
-        some, part = moved[i:i + tasks].detach().requires_grad_(), batch.map(lambda x, i=i: x[i:i + tasks])
-        with torch.enable_grad(): loss = base.loss_of(F.normalize(some, dim=-1), part.support, part).sum()
-        found[i:i + tasks] = torch.autograd.grad(loss, some)[0]
+        part = batch.map(lambda x, i=i: x[i:i + tasks])
+        length = moved[i:i + tasks].norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        unit = moved[i:i + tasks] / length
+        logits = base.compare(unit, part).requires_grad_()
+        with torch.enable_grad(): loss = masked_mean(cross_entropy(logits, part.support.labels), part.support.mask).sum()
+        change = torch.autograd.grad(loss, logits)[0]
+        # along the unit vector itself nothing changes, and the logits say how much of the gradient lies there
+        along = (change * logits.detach()).masked_fill_(~part.answer_mask[:, None], 0).sum(-1, keepdim=True)
+        found[i:i + tasks] = torch.baddbmm(unit * (-along / length), change * (base.logit_scale / length), part.answer_features)
     return found
 
 # %% ../nbs/22_latent_gradient.ipynb #7552a03a

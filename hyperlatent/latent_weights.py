@@ -61,7 +61,7 @@ class Readout:
         base: CLIPAdapter,
         tasks: int,  # computed at once
         dtype: torch.dtype = torch.float32,  # of the large products
-        block_bytes: int = 2**25,  # about how much of their weights is held at once
+        block_bytes: int = 2**24,  # about how much of their weights is held at once
     ):
         self.base, rows = base, max(1, block_bytes // (4 * max(1, tasks)))
         weight, bias = generator.readout.weight.detach().to(dtype), generator.readout.bias.detach().to(dtype)  # type: ignore[union-attr]

@@ -48,7 +48,7 @@ def adaptation(setup: Setup, plain: Any, weights: bool = False, dtype: torch.dty
     base, inner = setup.base, setup.config.hvae.networks.inner if weights else setup.config.zoo.inner
     generator = DirectWeights(base.init(1, torch.Generator().manual_seed(2))[0]).to(setup.device) if weights else setup.hnet
     generator.requires_grad_(False)
-    tasks, steps = setup.support(setup.part(16, 64)), setup.part(2, 5)
+    tasks, steps = setup.support(setup.part(16, 64)), setup.part(2, 20)
     alone, rate = tasks.take(range(setup.part(1, 2))), 1e-3 if weights else inner.learning_rate
     count = len(setup.tasks.split("meta-train"))
     part = lambda batch: len(batch) * steps / (count * inner.steps)
