@@ -141,8 +141,8 @@ def cross_entropy(
 
 def masked_mean(values: Float[Tensor, "task sample"], mask: Tensor) -> Float[Tensor, "task"]:
     "The mean over the real samples of each task."
-    # where, not a product: padding may hold infinities, and 0 * inf is not 0
-    return torch.where(mask, values, 0).sum(1) / mask.sum(1)
+    # filled, not multiplied: padding may hold infinities, and 0 * inf is not 0
+    return values.masked_fill(~mask, 0).sum(1) / mask.sum(1)
 
 # %% ../nbs/20_base.ipynb #735dea3a
 def random_batch(

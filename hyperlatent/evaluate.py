@@ -23,6 +23,7 @@ from .files import read_json
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .guide_training import sample, walk
 from .hyperclip import HyperCLIP
+from .latent_weights import latent_accuracy
 from .processes import ALONE, Share, summed
 from .settings import Config
 from .tasks import TaskBatch, TaskSet
@@ -76,7 +77,7 @@ class Models:
     @torch.no_grad()
     def score_latents(self, z: Float[Tensor, "sample task latent"], batch: TaskBatch) -> Float[Tensor, "task"]:
         "Query accuracy of the networks that latents stand for; several samples vote with their mean probabilities."
-        return self.base.ensemble_accuracy(self.hnet(z), batch.query, batch)
+        return latent_accuracy(self.hnet, self.base, z, batch.query, batch)
 
 # %% ../nbs/41_evaluate.ipynb #4a4ddd14
 def unguided_rows(models: Models, tasks: TaskSet, batch: TaskBatch, config: Config) -> list[Row]:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .errors import HyperLatentError
+from .graphs import Captured
 from .inference import for_inference
 from .schedulers import check_scheduler, check_steps, predicted_z0, set_timesteps
 from .trajectory import Trajectory
@@ -173,10 +174,12 @@ class ClassifierFreeGuidance:
         path, predictions = [z], []
         film_of_question = denoiser.embed_question(torch.cat([negative, question]))
         film_of_time = denoiser.embed_time(torch.tensor(timesteps, device=question.device))
+        answers: dict[float, Captured] = {}  # one for each scale
         for step, t in enumerate(_with_progress(timesteps, progress)):
             scale = guidance_scale if low <= t / scheduler.config.num_train_timesteps <= high else 1.0
-            film = film_of_question + film_of_time[step]
-            output = self._output(denoiser, z.view(*seeds.shape, -1), film, scale, guidance_rescale).view_as(z)
+            answer = answers.setdefault(scale, Captured(
+                lambda z, time, scale=scale: self._output(denoiser, z, film_of_question + time, scale, guidance_rescale)))
+            output = answer(z.view(*seeds.shape, -1), film_of_time[step]).view_as(z)
             predictions.append(predicted_z0(scheduler, output, t, z))
             z = scheduler.step(output, t, z, **options).prev_sample
             path.append(z)

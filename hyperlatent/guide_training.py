@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from .base import BaseNetwork
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .hyperclip import HyperCLIP, info_nce
-from .hyperldm import Denoiser, diffusion_loss
+from .hyperldm import Denoiser, Drawn, draw_noise, loss_at
+from .latent_weights import latent_accuracy
 from .memory import chunked
 from .processes import Share, mean_score
 from .settings import HyperCLIPConfig, HyperLDMConfig
@@ -50,20 +51,22 @@ def train_hyperclip(
     start = generator_network.z0.detach()
     _fit_statistics(model, generator_network, zoo.draw(1024, lots)[0], base.max_tasks)
 
-    def loss(model: HyperCLIP, generator: torch.Generator, share: Share) -> Tensor:
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
         z, questions, _ = zoo.draw(config.fit.batch_size, generator, distinct=True)
         way = torch.rand(len(z), 1, generator=generator).to(z)
-        z = start + way * (z - start) + config.latent_noise * torch.randn(z.shape, generator=generator).to(z)
+        return start + way * (z - start) + config.latent_noise * torch.randn(z.shape, generator=generator).to(z), questions
+
+    def loss(model: HyperCLIP, z: Tensor, questions: Tensor, share: Share) -> Tensor:
         with torch.no_grad(): weights = generator_network(share(z))
         return info_nce(model, weights, questions, share=share)
 
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         lots = torch.Generator().manual_seed(0)
         z = walk(ClassifierGuidance(model, generator_network), batch.question_features, config, generator=lots).final
-        return base.ensemble_accuracy(generator_network(z), batch.query, batch)
+        return latent_accuracy(generator_network, base, z, batch.query, batch)
 
     validate = _mean_score(score, validation, base.max_tasks // config.num_samples)
-    return model, fit(model, loss, config.fit, validate=validate, seed=seed, description="HyperCLIP", **options)
+    return model, fit(model, loss, config.fit, draw=draw, validate=validate, seed=seed, description="HyperCLIP", **options)
 
 
 @torch.no_grad()
@@ -107,18 +110,20 @@ def train_hyperldm(
     model.fit_statistics(zoo.flat, zoo.phrases)
     scheduler = model.make_scheduler("ddpm")
 
-    def loss(model: nn.Module, generator: torch.Generator, share: Share) -> Tensor:
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
         z, questions, _ = zoo.draw(config.fit.batch_size, generator)
-        questions = blurred(questions, config.question_noise, generator)
-        return diffusion_loss(model, z, questions, scheduler, drop=config.condition_dropout, generator=generator, share=share)
+        return draw_noise(z, blurred(questions, config.question_noise, generator), scheduler, config.condition_dropout, generator)
+
+    def loss(model: nn.Module, *drawn: Tensor, share: Share) -> Tensor:
+        return loss_at(model, Drawn(*drawn), config.prediction_type, share=share)
 
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         guide = ClassifierFreeGuidance(model, config.scheduler)
         z = sample(guide, batch.question_features, config, generator=torch.Generator().manual_seed(0))
-        return base.ensemble_accuracy(generator_network(z.final), batch.query, batch)
+        return latent_accuracy(generator_network, base, z.final, batch.query, batch)
 
     validate = _mean_score(score, validation, base.max_tasks // config.num_samples)
-    return model, fit(model, loss, config.fit, validate=validate, seed=seed, description="HyperLDM", **options)
+    return model, fit(model, loss, config.fit, draw=draw, validate=validate, seed=seed, description="HyperLDM", **options)
 
 
 def blurred(questions: Tensor, noise: float, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from .base import BaseNetwork
 from .committee import Committee
 from .errors import ConfigError
 from .hypernet import HNet
+from .latent_weights import latent_accuracy
 from .processes import ALONE, Share, mean_score, whole_dropout
 from .settings import AdaptConfig, GeneratorConfig, MultitaskConfig
 from .tasks import TaskBatch
@@ -30,14 +31,14 @@ def accuracy(generator: nn.Module, base: BaseNetwork, batches: Sequence[TaskBatc
     "Mean over the tasks of all batches of the query accuracy at the start `z0`, or adapted from there to the support samples."
     def scores(batch: TaskBatch) -> Tensor:
         z = adapt(generator, base, batch, **vars(inner)) if inner else generator.z0.expand(len(batch), -1)
-        return base.accuracy(generator(z), batch.query, batch)
+        return latent_accuracy(generator, base, z[None], batch.query, batch)
 
     with torch.no_grad(): return mean_score(scores, batches, share)
 
 
 def prior_accuracy(generator: HNet, base: BaseNetwork, batches: Sequence[TaskBatch], share: Share = ALONE) -> float:
     "Mean over the tasks of all batches of the query accuracy at the prior of the question: zero-shot, without a guide."
-    scores = lambda batch: base.accuracy(generator(generator.prior(batch.question_features)), batch.query, batch)
+    scores = lambda batch: latent_accuracy(generator, base, generator.prior(batch.question_features)[None], batch.query, batch)
     with torch.no_grad(): return mean_score(scores, batches, share)
 
 

@@ -62,9 +62,8 @@ def gather(
     mask: Bool[Tensor, "task longest"],
 ) -> Float[Tensor, "task longest dim"]:
     "Rows of a table in float32, zero where masked."
-    out = torch.zeros(*mask.shape, table.shape[1], device=table.device)
-    out[mask] = table[rows[mask]].float()
-    return out
+    # no count of the real rows, for which a GPU would have to be waited for
+    return table[rows].float().masked_fill(~mask[..., None], 0)
 
 # %% ../nbs/03_ragged.ipynb #a410c7d4
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .config import from_dict
 from .errors import ArtifactError, HyperLatentError
 from .files import write_tensors, written_whole
+from .graphs import Captured, recordable
 from .processes import Share, agreed, summed
 from .settings import FitConfig
 from .tracking import log
@@ -107,6 +108,7 @@ class _Run:
         # a copy: one training's scale of the gradients (float16) is nothing to the next
         self.scaler: Any = copy.deepcopy(getattr(accelerator, "scaler", None))
         self.share = Share.of(accelerator)
+        self.recorded: Captured | None = None  # value and gradients of the loss of what was drawn, see `fit`
 
     @property
     def averaged(self) -> nn.Module:
@@ -172,23 +174,26 @@ def _resume(run: _Run, path: Path) -> None:
                             "Choose a folder that all machines share")
 
 # %% ../nbs/04_training.ipynb #3e83d9a3
-def _one_step(run: _Run, loss: Callable, seed: int, description: str) -> float:
+def _one_step(run: _Run, loss: Callable, draw: Callable | None, seed: int, description: str) -> float:
     config, step, device = run.config, run.result.steps, run.accelerator.device
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * learning_rate_factor(step, config.steps, config.warmup)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), run.accelerator.autocast():
         torch.manual_seed(seed * 1_000_003 + step)  # dropout draws from the global generator
-        value = _shared(run, loss)(run.model, step_generator(seed, step))
+        drawn = draw(step_generator(seed, step)) if draw else (step_generator(seed, step),)
+        value, gradients = _value_and_gradients(run, loss, drawn)
     total = value.detach().clone()
     summed([total], run.share)  # before anything fails: all processes take the same turn
-    if not torch.isfinite(total):
-        raise HyperLatentError(f"the loss of {description or 'the training'} became {total.item()} at step {step}",
+    if not math.isfinite(number := total.item()):
+        raise HyperLatentError(f"the loss of {description or 'the training'} became {number} at step {step}",
                                f"lower its learning_rate (now {config.learning_rate}) or look for extreme inputs")
-    (run.scaler.scale(value) if run.scaler else value).backward()
+    if gradients is None: (run.scaler.scale(value) if run.scaler else value).backward()
+    else:
+        for p, gradient in zip(_learnt(run.model), gradients): p.grad = gradient
     summed([p.grad for p in run.model.parameters() if p.grad is not None], run.share)
     _update(run)
     run.result.steps += 1
-    return total.item()
+    return number
 
 
 def _update(run: _Run) -> None:
@@ -201,6 +206,23 @@ def _update(run: _Run) -> None:
     else: run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema: run.ema.update_parameters(run.model)
+
+
+def _value_and_gradients(run: _Run, loss: Callable, drawn: tuple) -> tuple[Tensor, list[Tensor] | None]:
+    "The loss of a step; its gradients too where a GPU computes both from a recording."
+    if run.scaler or run.share.number > 1 or not recordable(drawn): return _shared(run, loss)(run.model, *drawn), None
+    if run.recorded is None:
+        def both(*drawn: Tensor) -> tuple[Tensor | None, ...]:
+            value = _shared(run, loss)(run.model, *drawn)
+            return value.detach(), *torch.autograd.grad(value, _learnt(run.model), allow_unused=True)
+
+        run.recorded = Captured(both, copied=False)  # the update is done with the gradients before the next step
+    value, *gradients = run.recorded(*drawn)
+    return value, gradients
+
+
+def _learnt(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _takes_share(function: Callable) -> bool:
@@ -230,6 +252,7 @@ def fit(
     loss: Callable[..., Tensor],  # of (model, generator), and `share` if it likes: draws its batch, returns a scalar
     config: FitConfig,  # steps, learning rate, averaging, validation
     *,
+    draw: Callable[..., tuple[Tensor, ...]] | None = None,  # of (generator): a batch, which `loss` is then given for the generator
     validate: Callable[..., float] | None = None,  # of (model), and `share` if it likes: a score, higher is better
     seed: int = 0,  # of every step's generator
     description: str = "",  # on the progress bar and in errors
@@ -252,7 +275,7 @@ def fit(
     bar = tqdm(total=config.steps, initial=result.steps, desc=description, mininterval=0.5, leave=False,
                disable=not (progress and run.share.main))
     while result.steps < config.steps and not _out_of_patience(result, config):
-        value = _one_step(run, loss, seed, description)
+        value = _one_step(run, loss, draw, seed, description)
         result.loss = value if result.loss is None else 0.98 * result.loss + 0.02 * value
         log(accelerator, name, result.steps, loss=value, learning_rate=run.optimizer.param_groups[0]["lr"])
         bar.update()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapt import adapt
 from .base import BaseNetwork
 from .errors import HyperLatentError
+from .latent_weights import latent_accuracy
 from .memory import chunked
 from .processes import ALONE, Share, summed
 from .settings import ZooConfig
@@ -117,6 +118,6 @@ def zoo_health(
     "Spread of latents within and between tasks (standard deviations, mean over dimensions), and query accuracy of a run."
     within = zoo.latents.std(0).mean().item() if len(zoo.latents) > 1 else 0.0
     between = zoo.latents.mean(0).std(0).mean().item()
-    right = lambda at, batch: base.accuracy(generator(zoo.latents[0, at]), batch.query, batch)
+    right = lambda at, batch: latent_accuracy(generator, base, zoo.latents[:1, at], batch.query, batch)
     with torch.no_grad(): found = over_tasks(tasks, base.max_tasks, right)
     return dict(within=within, between=between, accuracy=torch.cat([part for _, part in found]).mean().item())

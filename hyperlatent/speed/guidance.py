@@ -16,6 +16,7 @@ from torch import Tensor
 from ..clip_encoder import CLIPEncoder
 from ..encoders import build_encoder, load_encoder
 from ..guidance import ClassifierFreeGuidance, ClassifierGuidance
+from ..latent_weights import latent_accuracy
 from .bench import Job
 from .setup import Setup
 from .work import Work, climb, denoise, generate, parameters, score
@@ -66,9 +67,10 @@ def evaluation(setup: Setup, plain: Any) -> Job:
     tasks, base = setup.tasks.split("meta-test"), setup.base
     z, alone = setup.latents(len(tasks)), range(0, len(tasks), max(1, len(tasks) // setup.part(4, 16)))
 
-    @torch.no_grad()
+    batches = list(tasks.batches(base.max_tasks))  # in memory, as the plain loop's samples are
+
     def ours() -> list[Tensor]:
-        return [base.accuracy(setup.hnet(z[at]), batch.query, batch) for at, batch in tasks.batches(base.max_tasks)]
+        return [latent_accuracy(setup.hnet, base, z[None, at], batch.query, batch) for at, batch in batches]
 
     samples, answers = (sum(map(len, x)) for x in ([t.query for t in tasks.tasks], [t.answers for t in tasks.tasks]))
     work = generate(setup.hnet, len(tasks)) + score(base, len(tasks), samples // len(tasks), answers // len(tasks))

@@ -51,12 +51,13 @@ class Limits:
 def machine_limits(
     device: str | torch.device = "cpu",
     budget: float = 0.5,  # seconds for each measurement
-    sizes: tuple[int, ...] = (512, 1024, 2048),  # rows and columns of the matrices
+    sizes: tuple[int, ...] = (),  # rows and columns of the matrices; by default from 512 to 2048 on a CPU, to 8192 on a GPU
     array: int = 2**26,  # numbers in the arrays that are added; 0.5 GB for both
 ) -> Limits:
     "Measure the machine."
     device = torch.device(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
+    sizes = sizes or ((512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192))
     rate = lambda dtype: max(2 * size**3 / best_of(product, device, budget / len(sizes))
                              for size in sizes for product in _products(size, device, dtype))
     x, y = torch.zeros(array, device=device), torch.ones(array, device=device)
@@ -65,7 +66,7 @@ def machine_limits(
 
 
 def _products(size: int, device: torch.device, dtype: torch.dtype) -> list[Callable[[], Tensor]]:
-    a, layer = torch.ones(size, size, device=device, dtype=dtype), nn.Linear(size, size, device=device, dtype=dtype).requires_grad_(False)
+    a, layer = torch.randn(size, size).to(device, dtype), nn.Linear(size, size, device=device, dtype=dtype).requires_grad_(False)
     found: list[Callable[[], Tensor]] = [lambda: a @ layer.weight]
     if PackedLinear.fits(layer):
         packed = PackedLinear(layer)

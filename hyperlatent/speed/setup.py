@@ -39,6 +39,10 @@ class Setup:
         "How much of a job to run: one number for `--quick`, one otherwise."
         return quick if self.quick else full
 
+    def steps(self, number: int) -> int:
+        "How many steps of a training to time: more of them on a GPU, where they are short."
+        return number if self.device.type == "cpu" else 20 * number
+
     def support(self, number: int, samples: int | None = None) -> TaskBatch:
         "The first training tasks, each with as many random samples for support and query as the settings say."
         lots, samples = torch.Generator().manual_seed(0), samples or self.config.zoo.samples_per_task

@@ -48,7 +48,7 @@ def adaptation(setup: Setup, plain: Any, weights: bool = False, dtype: torch.dty
     base, inner = setup.base, setup.config.hvae.networks.inner if weights else setup.config.zoo.inner
     generator = DirectWeights(base.init(1, torch.Generator().manual_seed(2))[0]).to(setup.device) if weights else setup.hnet
     generator.requires_grad_(False)
-    tasks, steps = setup.support(setup.part(16, 64)), setup.part(2, 5)
+    tasks, steps = setup.support(setup.part(16, 64)), setup.part(2, 20)
     alone, rate = tasks.take(range(setup.part(1, 2))), 1e-3 if weights else inner.learning_rate
     count = len(setup.tasks.split("meta-train"))
     part = lambda batch: len(batch) * steps / (count * inner.steps)
@@ -80,8 +80,8 @@ def meta_step(setup: Setup, plain: Any, second_order: bool = False) -> Job:
     outer = score(*size) + score_gradient(*size) + generate(setup.hnet, number) * 3 + update(setup.hnet)
     # through the loop: every product of it has two more on the way back, three where a product is itself a gradient
     work = inner * 3 + outer if second_order else inner + outer
-    return Job(f"{'MAML' if second_order else 'FOMAML'} step", f"{number} tasks, {steps} inner steps", lambda: lap(train, 1), 1.0,
-               work, loop if plain else None, target=None if second_order else 5.0)
+    return Job(f"{'MAML' if second_order else 'FOMAML'} step", f"{number} tasks, {steps} inner steps",
+               lambda: lap(train, setup.steps(1)), 1.0, work, loop if plain else None, target=None if second_order else 5.0)
 
 # %% ../../nbs/43_speed_training.ipynb #a0d374a6
 def hvae_step(setup: Setup, plain: Any) -> Job:
@@ -92,7 +92,7 @@ def hvae_step(setup: Setup, plain: Any) -> Job:
     make = lambda: HVAE(setup.base.n_weights, config.latent_dim, config.hidden, generator=lots).to(setup.device)
     loss = lambda model, generator, *_: hvae_loss(model, zoo.draw(number, generator)[0], config.kl_weight, generator)[0]
     hvae, settings = make(), FitConfig(batch_size=number, warmup=0)
-    ours = lambda: lap(lambda n: fit(make(), loss, replace(settings, steps=n), progress=False), 1)
+    ours = lambda: lap(lambda n: fit(make(), loss, replace(settings, steps=n), progress=False), setup.steps(1))
     optimizer = torch.optim.AdamW(hvae.parameters(), settings.learning_rate, weight_decay=0.0)
     noise = torch.randn(number, config.latent_dim, generator=lots).to(setup.device)
     loop = lambda: plain.hvae_step(hvae, optimizer, zoo.latents[0, :number], noise, config.kl_weight, settings.clip_norm)
@@ -120,7 +120,7 @@ def hyperclip_step(setup: Setup, plain: Any, bare: bool = False) -> Job:
     weights = setup.hnet(z)
     step = partial(bare_step, model, lambda: info_nce(model, weights, questions), optimizer, config.fit.clip_norm)
     work = forward(setup.hyperclip, number, 2) + generate(setup.hnet, number) + update(setup.hyperclip)
-    return Job("HyperCLIP step", f"{number} networks", lambda: lap(train, 2), 1.0, work,
+    return Job("HyperCLIP step", f"{number} networks", lambda: lap(train, setup.steps(2)), 1.0, work,
                step if bare else loop if plain else None, against="bare step" if bare else "plain loop", target=1.3 if bare else None)
 
 
@@ -148,7 +148,7 @@ def diffusion_step(setup: Setup, plain: Any = None) -> Job:
     target = torch.randn(z.shape, generator=lots).to(z)
     loss = lambda: F.mse_loss(model(z, t, zoo.phrases), target)
     work = forward(setup.denoiser, settings.batch_size, 3) + update(setup.denoiser)
-    steps = setup.part(4, 10)
+    steps = setup.steps(setup.part(4, 10))
     once = partial(bare_step, model, loss, optimizer, settings.clip_norm, average)
     return Job("diffusion step", f"{settings.batch_size} latents", lambda: lap(train, steps), 1.0, work, once, 1,
                against="bare step", target=1.3)
