@@ -31,6 +31,7 @@ class Committee(nn.Module):
     ):
         super().__init__()
         self.n_weights, self.latent_dim = n_weights, latent_dim + members
+        self.kept: tuple[Any, ...] = ()  # see `readout`
         self.members = nn.ModuleList(networks or (HNet(n_weights, latent_dim, hidden, question_dim=question_dim) for _ in range(members)))
 
     reader = property(lambda self: self.members[0].reader, doc="The members' map of questions to latents, if they have one.")
@@ -67,11 +68,14 @@ def _trunk(self: Committee, z: Float[Tensor, "*batch latent"]) -> Float[Tensor, 
 
 
 def _readout(self: Committee) -> nn.Linear:
-    "A layer from `trunk`'s units to weights, of copies of the members' last layers."
+    "A layer from `trunk`'s units to weights, of copies of the members' last layers; kept until one of these changes."
     lasts: Any = [member.readout for member in self.members]
+    state = [(x.data_ptr(), x._version) for last in lasts for x in (last.weight, last.bias)]
+    if self.kept and self.kept[0] == state: return self.kept[1]
     weight = torch.cat([x for last in lasts for x in (last.weight, last.bias[:, None])], 1).detach()
     with torch.device("meta"): layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.weight, layer.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, weight.new_zeros(len(weight))))
+    self.kept = (state, layer)  # in a tuple, and so no part of the network
     return layer
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import CLIPAdapter
+from .committee import Committee
 from .errors import HyperLatentError, TaskError
 from .hub import OnTheHub, find_pipeline
 from .hyperclip import HyperCLIP
@@ -81,7 +82,7 @@ class QuestionsToWeights(OnTheHub):
         return self.parts.base
 
     @property
-    def generator_network(self) -> HNet:
+    def generator_network(self) -> HNet | Committee:
         "Latents to weights."
         return self.parts.generator_network
 
