@@ -32,7 +32,7 @@ class LatentGradient:
         batch: TaskBatch,
         dtype: torch.dtype = torch.float32,
         block_bytes: int = 2**25,  # about how much of the tasks' weights is held at once
-        tasks: int = 32,  # that are computed at once: as many as large products need, and as few as the cache bears
+        tasks: int = 64,  # that are computed at once: as many as large products need, and as few as the cache bears
     ):
         self.generator, self.base, self.dtype, self.calls = generator, base, dtype, 0
         self.parts = [batch.map(lambda x, i=i: x[i:i + tasks]) for i in range(0, len(batch), tasks)]

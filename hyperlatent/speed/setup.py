@@ -86,7 +86,8 @@ def _scenes(device, quick) -> Setup:
     from hyperlatent.stages import load_tasks
 
     config, parts = preset("scenes"), HyperLatentPipeline.from_pretrained("scenes", device=device)
-    return Setup("scenes", config, load_tasks(config, device=device), parts.base, parts.generator_network, parts.hyperclip,
+    hnet: Any = parts.generator_network
+    return Setup("scenes", config, load_tasks(config, device=device), parts.base, hnet, parts.hyperclip,
                  parts.denoiser, quick)
 
 # %% ../../nbs/43_speed_setup.ipynb #e48f3bdd
