@@ -13,7 +13,7 @@ from hyperlatent.few_shot import few_shot_rows
 from hyperlatent.guide_training import train_hyperclip, train_hyperldm
 from hyperlatent.hvae import HVAE, encode_zoo, kl_divergence, train_hvae
 from hyperlatent.latent_health import health_report, memorisation
-from hyperlatent.meta import initial_weights, train_hnet, validation_batches
+from hyperlatent.meta import initial_weights, train_committee, train_hnet, validation_batches
 from hyperlatent.methods import ensemble_rows, guidance_rows, neighbours_of_kind, rows_of, sampled_latents, walk_rows
 from hyperlatent.settings import AdaptConfig, FewShotConfig, FitConfig, HVAEConfig, ZooConfig, preset
 from hyperlatent.zoo import build_zoo
@@ -32,7 +32,7 @@ def tiny(config):
     return replace(config, hyperclip=hyperclip, hyperldm=hyperldm, evaluate=evaluate, few_shot=few_shot, hnet=hnet)
 
 
-@pytest.fixture(scope="module", params=["hnet", "hvae"])
+@pytest.fixture(scope="module", params=["hnet", "hvae", "committee"])
 def chain(request):
     lots, config = torch.Generator().manual_seed(0), tiny(preset("scenes"))
     train, held_out, unseen = (random_tasks(12, 16, lots, split) for split in ("meta-train", "meta-validation", "meta-test"))
@@ -41,6 +41,9 @@ def chain(request):
     if request.param == "hvae":
         settings = HVAEConfig(latent_dim=6, hidden=(16,), samples_per_task=10, task_weight=0.5, networks=NETWORKS, fit=FIT)
         generator, _, zoo = train_hvae(mnet, base, train, held_out, settings, progress=False)
+    elif request.param == "committee":
+        generator, _ = train_committee(base, train, held_out, replace(config.hnet, method="joint", members=2), progress=False)
+        zoo = build_zoo(generator, base, train, NETWORKS, start=generator.priors, progress=False)
     else:
         generator, _ = train_hnet(base, train, held_out, config.hnet, progress=False)
         zoo = build_zoo(generator, base, train, NETWORKS, progress=False)
@@ -98,3 +101,32 @@ def test_latents_drawn_from_the_encoder_have_its_mean_and_variance():
     assert torch.allclose(zoo(None), mean, atol=1e-5) and torch.allclose(draws.mean(0), mean, atol=0.1)
     assert torch.allclose(draws.var(0), log_variance.exp(), rtol=0.2)
     assert (kl_divergence(torch.zeros(3), torch.zeros(3)) == 0).all()
+
+
+def test_runs_of_the_zoo_take_the_members_in_turn(chain):
+    models, *_ = chain
+    if not hasattr(models.hnet, "members"): return
+    addresses = models.zoo.latents[..., -2:].argmax(-1)
+    assert addresses[0].eq(0).all() and addresses[1].eq(1).all()
+
+
+def test_a_committee_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """Stopped while it trains its second member: the same networks, and the first is not trained from the start again."""
+    import hyperlatent.training as training
+
+    lots, config = torch.Generator().manual_seed(0), tiny(preset("scenes")).hnet
+    config = replace(config, method="joint", members=2, fit=replace(FIT, checkpoint_every=3))
+    tasks, base, taken, step = random_tasks(12, 16, lots), CLIPAdapter(16, hidden=8, logit_scale=10.0), [], training._one_step
+    learn = lambda **options: train_committee(base, tasks, tasks, config, progress=False, **options)[0].state_dict()
+    whole = learn()
+
+    def counted(run, *arguments):
+        taken.append(run.result.steps)
+        if len(taken) == 11: raise KeyboardInterrupt
+        return step(run, *arguments)
+
+    monkeypatch.setattr(training, "_one_step", counted)
+    with pytest.raises(KeyboardInterrupt): learn(checkpoint=tmp_path / "hnet-1.safetensors")
+    again = learn(checkpoint=tmp_path / "hnet-1.safetensors")
+    assert taken == [*range(6), *range(5), *range(3, 6)] and again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
