@@ -19,7 +19,7 @@ _NOT_NEGATIVE = (0, 1e30)
 RANGES: dict[str, tuple[float, float]] = (
     dict.fromkeys(["batch_size", "validate_every", "checkpoint_every", "runs", "latent_dim", "hidden", "blocks", "num_inference_steps",
                    "num_samples", "num_train_timesteps", "pictures_per_task", "shots", "draws", "bootstrap", "resamples", "most_steps",
-                   "ensemble_sizes", "few_shot_samples", "FitConfig.steps"], _NATURAL)
+                   "ensemble_sizes", "few_shot_samples", "members", "FitConfig.steps"], _NATURAL)
     | dict.fromkeys(["steps", "warmup", "patience", "samples_per_task", "num_tasks", "inner_steps"], _WHOLE)
     | dict.fromkeys(["logit_scale", "learning_rate", "offset_rate"], _POSITIVE)
     | dict.fromkeys(["weight_decay", "clip_norm", "prior_weight", "scale", "output_scale", "latent_noise", "offset_penalty", "kl_weight",

@@ -100,6 +100,8 @@ def in_a_copy(work, what: str) -> None:
         return
     code = 99
     try:
+        if "accelerate" in sys.modules:  # a command has a process of its own, and chooses device and precision anew
+            sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
         code = work() or 0
     except SystemExit as end:  # of --help
         code = int(end.code or 0)

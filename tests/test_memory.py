@@ -62,7 +62,7 @@ def test_a_chunk_that_does_not_fit_is_computed_in_smaller_ones(tmp_path):
     torch.testing.assert_close(found["latents"], latents, rtol=1e-4, atol=1e-5)
     assert found["scores"].tolist() == pytest.approx([accuracy, score], abs=0.01)
     assert max(sizes) < 100 and found["sizes"][0] == 300  # the whole was tried first
-    assert 1 < found["sizes"][-1] < 300  # and then parts of it, not one by one
+    assert found["sizes"][-1] < 300 and found["sizes"].median() > 1  # and then parts of it, not one by one, a rest apart
 
 
 def test_the_zoo_is_mapped_not_read(tmp_path):

@@ -24,12 +24,13 @@ CONFIG = replace(CONFIG, hyperldm=replace(CONFIG.hyperldm, num_inference_steps=4
 
 
 def evaluated(tasks, most: int, monkeypatch):
-    """Zoo, health, validation score and rows with `most` networks at once, and the most networks ever made at once."""
+    """Zoo, health, validation score and rows with `most` networks at once, and the most networks ever asked for at once."""
     monkeypatch.setattr(CLIPAdapter, "max_tasks", most)
     lots, made = torch.Generator().manual_seed(0), []
     base = CLIPAdapter(tasks.dim, hidden=4)
     hnet = HNet(base.n_weights, 3, (8,), 0.3, generator=lots).requires_grad_(False)
-    hnet.register_forward_hook(lambda module, z, weights: made.append(weights.numel() // base.n_weights))
+    trunk = hnet.trunk  # of all networks, also those whose weights are never there as a whole
+    hnet.trunk = lambda z: made.append(z.numel() // z.shape[-1]) or trunk(z)
     zoo = build_zoo(hnet, base, tasks, ZooConfig(runs=2, samples_per_task=4, inner=AdaptConfig(steps=2)), progress=False)
     denoiser = Denoiser(3, tasks.question_dim, hidden=8, n_blocks=1, generator=lots)
     torch.nn.init.normal_(denoiser.out.weight, generator=lots)
