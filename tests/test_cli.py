@@ -151,6 +151,7 @@ def test_out_that_cannot_be_a_folder(demo, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_out_of_somebody_else(demo, tmp_path):
     stderr = tmp_path / "stderr"
+    demo(tmp_path / "other")  # everything is imported: somebody else may not be allowed to read root's Python
 
     def run():
         sys.stderr = open(stderr, "w", buffering=1)
