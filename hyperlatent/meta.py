@@ -36,9 +36,9 @@ def accuracy(generator: nn.Module, base: BaseNetwork, batches: Sequence[TaskBatc
     with torch.no_grad(): return mean_score(scores, batches, share)
 
 
-def prior_accuracy(generator: HNet, base: BaseNetwork, batches: Sequence[TaskBatch], share: Share = ALONE) -> float:
-    "Mean over the tasks of all batches of the query accuracy at the prior of the question: zero-shot, without a guide."
-    scores = lambda batch: latent_accuracy(generator, base, generator.prior(batch.question_features)[None], batch.query, batch)
+def prior_accuracy(generator: HNet | Committee, base: BaseNetwork, batches: Sequence[TaskBatch], share: Share = ALONE) -> float:
+    "Mean over the tasks of all batches of the query accuracy at the question's priors, which vote: zero-shot, without a guide."
+    scores = lambda batch: latent_accuracy(generator, base, generator.priors(batch.question_features), batch.query, batch)
     with torch.no_grad(): return mean_score(scores, batches, share)
 
 
@@ -206,6 +206,5 @@ def train_committee(
     committee = Committee(base.n_weights, config.latent_dim, config.hidden, networks[0].reader.in_features, networks=networks,  # type: ignore[union-attr]
                           members=config.members).eval()
     whole.best_step, held_out = whole.steps, validation_batches(base, validation)
-    votes = lambda batch: base.ensemble_accuracy(committee(committee.priors(batch.question_features)), batch.query, batch)
-    with torch.no_grad(): whole.best_score = mean_score(votes, held_out) if held_out else whole.best_score
+    if held_out: whole.best_score = prior_accuracy(committee, base, held_out)
     return committee, whole
