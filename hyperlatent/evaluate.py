@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .adapt import adapt
 from .base import BaseNetwork
+from .committee import dealt
 from .errors import ArtifactError
 from .files import read_json
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
@@ -115,7 +116,8 @@ def guided_rows(models: Models, batch: TaskBatch, shuffled: Float[Tensor, "task 
 
     def sampled(questions: Tensor, scale: float) -> Tensor:
         lots = torch.Generator().manual_seed(seed)
-        return models.score_latents(sample(guide, questions, config.hyperldm, guidance_scale=scale, generator=lots).final, batch)
+        z = sample(guide, questions, config.hyperldm, guidance_scale=scale, generator=lots).final
+        return models.score_latents(dealt(models.hnet, z), batch)
 
     rows += [Row("hyperldm", scale, sampled(questions, scale)) for scale in config.evaluate.guidance_scales]
     scale = config.hyperldm.guidance_scale

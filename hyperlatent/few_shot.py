@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .adapt import adapt
+from .committee import starts
 from .evaluate import Models, Row, in_order
 from .few_shot_guidance import FewShotGuidance
 from .methods import sampled_latents
@@ -71,8 +72,8 @@ def _without_support(batch: TaskBatch) -> TaskBatch:
 
 # %% ../nbs/41_few_shot.ipynb #2efe2dfe
 def from_start(models: Models, batch: TaskBatch, config: Config) -> Latents:
-    "Fitted from the generator's `z0`."
-    start = models.hnet.z0.detach().expand(1, len(batch), -1)
+    "Fitted from the generator's start; of a committee from every member's, to vote as the sampled latents do."
+    start = starts(models.hnet).expand(-1, len(batch), -1)
     return fit_latents(models, batch, start, config) if batch.support.mask.any() else start
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapt import support_gradient
 from .base import BaseNetwork
+from .committee import dealt
 from .errors import HyperLatentError
 from .guidance import guided_output, sample_seeds
 from .schedulers import check_scheduler, predicted_z0, set_timesteps
@@ -59,7 +60,9 @@ class FewShotGuidance:
         seeds: Int[Tensor, "sample task"] | None = None,  # one per chain, see `sample_seeds`
         generator: torch.Generator | None = None,  # draws the seeds that were not given
     ) -> Trajectory:
-        "All chains of all tasks at once. Raises `HyperLatentError` for tasks without examples and latents that overflow."
+        """All chains of all tasks at once; those of a committee are dealt to its members.
+
+        Raises `HyperLatentError` for tasks without examples and latents that overflow."""
         if support_scale and not batch.support.mask.any(1).all():
             raise HyperLatentError("a task has no support example to be guided by", "Leave it out, or pass support_scale=0")
         if seeds is None: seeds = sample_seeds(num_samples, generator, len(batch))
@@ -78,11 +81,12 @@ class FewShotGuidance:
         question = batch.question_features.to(denoiser.latent_mean)
         z = torch.cat([torch.randn(1, len(denoiser.latent_mean), generator=g) for g in generators]).to(question)
         path, predictions = [z], []
+        decoded = lambda z: dealt(self.generator_network, z.unflatten(0, seeds.shape)).flatten(0, 1)
         for t in timesteps:
             time = torch.tensor(t, device=z.device)
             output = guided_output(denoiser(z, time, torch.zeros_like(question)), denoiser(z, time, question), guidance_scale)
             if support_scale:
-                expected = denoiser.unstandardize(predicted_z0(scheduler, output, t, z))
+                expected = decoded(denoiser.unstandardize(predicted_z0(scheduler, output, t, z)))
                 # per unit of a standardised latent: that is what the output is about
                 gradient = support_gradient(self.generator_network, self.base, batch, expected) * denoiser.latent_std
                 output = with_support(output, gradient, support_scale)
@@ -91,7 +95,7 @@ class FewShotGuidance:
             path.append(z)
         if not z.isfinite().all():
             raise HyperLatentError("guidance led latents to NaN or infinity", "Lower guidance_scale or support_scale")
-        z, z0 = (denoiser.unstandardize(torch.stack(x)).unflatten(1, seeds.shape) for x in (path, predictions))
+        z, z0 = (torch.stack([decoded(denoiser.unstandardize(z)) for z in x]).unflatten(1, seeds.shape) for x in (path, predictions))
         return Trajectory(z, z0, torch.tensor(timesteps), seeds, "classifier-free", float(guidance_scale))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import BaseNetwork
+from .committee import dealt
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .hyperclip import HyperCLIP, info_nce
 from .hyperldm import Denoiser, Drawn, draw_noise, loss_at
@@ -28,10 +29,12 @@ from .zoo import Zoo
 
 # %% ../nbs/35_guide_training.ipynb #8c48109f
 def walk(guide: ClassifierGuidance, questions: Tensor, config: HyperCLIPConfig, **options):
-    "The guided walk from the generator's start with the settings of `config`, as a `Trajectory`."
+    "The guided walk from the generator's start (of a committee: its members', in turn) with the settings of `config`, as a `Trajectory`."
     settings = dict(num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
                     prior_weight=config.prior_weight, noise=config.noise, cosine_step_size=config.cosine_step_size,
                     num_samples=config.num_samples)
+    z0 = guide.generator_network.z0.detach()
+    settings["z"] = dealt(guide.generator_network, z0.expand(config.num_samples, 1, -1))
     return guide(questions, **(settings | options))
 
 
@@ -120,7 +123,7 @@ def train_hyperldm(
     def score(model: nn.Module, batch: TaskBatch) -> Tensor:
         guide = ClassifierFreeGuidance(model, config.scheduler)
         z = sample(guide, batch.question_features, config, generator=torch.Generator().manual_seed(0))
-        return latent_accuracy(generator_network, base, z.final, batch.query, batch)
+        return latent_accuracy(generator_network, base, dealt(generator_network, z.final), batch.query, batch)
 
     validate = _mean_score(score, validation, base.max_tasks // config.num_samples)
     return model, fit(model, loss, config.fit, draw=draw, validate=validate, seed=seed, description="HyperLDM", **options)

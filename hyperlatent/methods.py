@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .adapt import adapt
 from .base import BaseNetwork, CLIPAdapter, masked_mean
+from .committee import dealt
 from .evaluate import Models, Row, in_order
 from .guidance import ClassifierFreeGuidance, ClassifierGuidance
 from .guide_training import sample, walk
@@ -96,10 +97,10 @@ def sampled_latents(
     scheduler: str | None = None,  # the configured one by default
     **options,  # of `ClassifierFreeGuidance`, instead of the configured ones
 ) -> Float[Tensor, "sample task latent"]:
-    "HyperLDM's latents, drawn from the run's seed."
+    "HyperLDM's latents, drawn from the run's seed; a committee's are dealt to its members."
     guide = ClassifierFreeGuidance(models.denoiser, scheduler or config.hyperldm.scheduler)
     lots = torch.Generator().manual_seed(config.seed)
-    return sample(guide, questions, config.hyperldm, generator=lots, **options).final
+    return dealt(models.hnet, sample(guide, questions, config.hyperldm, generator=lots, **options).final)
 
 
 def sampler_rows(models: Models, batch: TaskBatch, config: Config, samplers=SAMPLERS) -> list[Row]:

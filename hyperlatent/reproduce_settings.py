@@ -58,13 +58,15 @@ def reproduce_preset(name: str = "scenes") -> ReproduceConfig:
     fit = FitConfig(steps=steps, batch_size=24, learning_rate=3e-3, warmup=min(100, steps // 10), validate_every=max(20, steps // 10))
     weights = MultitaskConfig(samples_per_task=20, inner=AdaptConfig(steps=5, learning_rate=0.01), scale=0.1, fit=fit)
     latents = replace(chain.hnet, method="fomaml", samples_per_task=20, inner=AdaptConfig(steps=5, learning_rate=0.1), fit=fit)
+    members = 2 if name == "scenes-quick" else 4
     joint = replace(chain.hnet, method="joint", latent_dim=96, hidden=(256, 256), dropout=0.1, latent_noise=0.1, offset_penalty=1.0,
-                    start_share=0.05, members=2 if name == "scenes-quick" else 4)
+                    start_share=0.05, members=members, fit=replace(chain.hnet.fit, batch_size=96))
+    strong = replace(chain, hnet=joint, hyperclip=replace(chain.hyperclip, num_samples=members), few_shot=replace(chain.few_shot, draws=1))
     compare = StudyConfig()
     if name == "scenes-quick":
         compare = replace(compare, samplers=(("ddim", 10), ("ddim", 50), ("dpmsolver++", 15), ("ddpm", 1000)), ensemble_sizes=(1, 4))
     # each seed chooses examples of its own
-    return ReproduceConfig(**vars(replace(chain, hnet=joint, few_shot=replace(chain.few_shot, draws=1))), compare=compare,
+    return ReproduceConfig(**vars(strong), compare=compare,
                            mnet_fomaml=replace(weights, method="fomaml"), mnet_maml=replace(weights, method="maml"),
                            hnet_multitask=replace(latents, method="multitask"), hnet_fomaml=latents,
                            hnet_maml=replace(latents, method="maml"))

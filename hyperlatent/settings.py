@@ -238,10 +238,10 @@ _SCENES = Config(
         fit=FitConfig(steps=1000, batch_size=64, validate_every=250)),
     text_hypernetwork=TextConfig(
         hidden=(256, 256), output_scale=0.3, samples_per_task=40,
-        fit=FitConfig(steps=1200, batch_size=48, weight_decay=1e-4, validate_every=100, patience=5)),
+        fit=FitConfig(steps=1200, batch_size=96, weight_decay=1e-4, validate_every=100, patience=5)),
     text_film=TextConfig(
         method="film", hidden=(128, 128), output_scale=0.3, samples_per_task=40,
-        fit=FitConfig(steps=1500, batch_size=48, learning_rate=3e-3, weight_decay=1e-4, validate_every=100, patience=5)),
+        fit=FitConfig(steps=1500, batch_size=96, learning_rate=3e-3, weight_decay=1e-4, validate_every=100, patience=5)),
     few_shot=FewShotConfig(inner=AdaptConfig(steps=20, learning_rate=0.1, optimizer="adam"), prior_weight=0.3),
 )
 
