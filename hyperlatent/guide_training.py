@@ -30,7 +30,7 @@ from .zoo import Zoo
 # %% ../nbs/35_guide_training.ipynb #8c48109f
 def walk(guide: ClassifierGuidance, questions: Tensor, config: HyperCLIPConfig, **options):
     "The guided walk from the generator's start (of a committee: its members', in turn) with the settings of `config`, as a `Trajectory`."
-    settings = dict(num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
+    settings: dict[str, Any] = dict(num_inference_steps=config.num_inference_steps, learning_rate=config.learning_rate,
                     prior_weight=config.prior_weight, noise=config.noise, cosine_step_size=config.cosine_step_size,
                     num_samples=config.num_samples)
     z0 = guide.generator_network.z0.detach()

@@ -25,6 +25,7 @@ from .guide_training import sample, walk
 from .settings import AdaptConfig, Config, HyperCLIPConfig
 from .tasks import Samples, TaskBatch, TaskSet
 from .tensor_tasks import over_tasks
+from .text_baselines import weights_accuracy
 
 # %% ../nbs/41_methods.ipynb #1e29683f
 def rows_of(
@@ -52,12 +53,12 @@ def inner_step_rows(
 
 
 def text_rows(models: Models, networks: Mapping[str, nn.Module], batch: TaskBatch) -> list[Row]:
-    "A row for each network from question to weights, and for each from question to latents (those whose output is a latent)."
+    "A row for each network from question to weights, of one or of several networks, and for each from question to latents."
     rows = []
     for name, network in networks.items():
         with torch.no_grad(): made = network(batch.question_features)
-        weights = made.shape[1] == models.base.n_weights
-        rows.append(Row(name, None, models.score(made, batch) if weights else models.score_latents(made[None], batch)))
+        weights = made.shape[-1] == models.base.n_weights
+        rows.append(Row(name, None, weights_accuracy(models.base, made, batch) if weights else models.score_latents(made[None], batch)))
     return rows
 
 # %% ../nbs/41_methods.ipynb #4bf324cf

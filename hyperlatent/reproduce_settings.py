@@ -13,7 +13,7 @@ from .settings import AdaptConfig, Config, FitConfig, GeneratorConfig, Multitask
 
 # %% ../nbs/03_reproduce_settings.ipynb #6ca4d37f
 Method = Literal["mnet_fomaml", "mnet_maml", "hnet_multitask", "hnet_fomaml", "hnet_maml",  # starts that were meta-learned
-                 "text_hypernetwork", "text_film", "ridge",  # the question's weights, or latents, directly
+                 "text_hypernetwork", "text_committee", "text_film", "ridge",  # the question's weights, or latents, directly
                  "hvae"]  # the second generator, with both guides
 Study = Literal["evidence", "few_shot", "samplers", "ablations", "health"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -42,7 +42,7 @@ class Choice:
 def zero_shot(trained: Trained, tasks: TaskSet, configs: Mapping[str, Config]) -> list[Row]:  # configs: for each generator
     "Rows of all methods that were trained."
     first, config = trained.generators["hnet"], configs["hnet"]
-    rows = rows_of(tasks, first.base, lambda batch, at: unguided(trained, batch, config))
+    rows = rows_of(tasks, first.base, lambda batch, at: unguided(trained, batch, config), config.hnet.members)  # which vote
     for name, models in trained.generators.items():
         make = partial(guided, name, models, configs[name])
         rows += rows_of(tasks, first.base, make, configs[name].hyperldm.num_samples)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['film_weights', 'TextHypernet', 'TextFiLM', 'text_architecture', 'train_text_network', 'text_loss', 'text_accuracy',
-           'LinearLatents', 'ridge', 'fit_ridge']
+           'weights_accuracy', 'TextCommittee', 'train_text_committee', 'LinearLatents', 'ridge', 'fit_ridge']
 
 # %% ../nbs/26_text_baselines.ipynb #a0d7c42c
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,8 +135,53 @@ def text_loss(model: nn.Module, base: BaseNetwork, tasks: TaskSource, config: Te
 
 @torch.no_grad()
 def text_accuracy(model: Callable[[Tensor], Tensor], base: BaseNetwork, batches: Sequence[TaskBatch], share: Share = ALONE) -> float:
-    "Mean over tasks of the query accuracy of the weights that a model makes from the questions."
-    return mean_score(lambda batch: base.accuracy(model(batch.question_features), batch.query, batch), batches, share)
+    "Mean over tasks of the query accuracy of the weights that a model makes from the questions; those of several members vote."
+    return mean_score(lambda batch: weights_accuracy(base, model(batch.question_features), batch), batches, share)
+
+
+def weights_accuracy(base: BaseNetwork, weights: Float[Tensor, "*member task weight"], batch: TaskBatch) -> Float[Tensor, "task"]:
+    "Query accuracy of one network per task, or of several that vote with their mean probabilities."
+    return (base.accuracy if weights.ndim == 2 else base.ensemble_accuracy)(weights, batch.query, batch)
+
+# %% ../nbs/26_text_baselines.ipynb #cf8c5801
+class TextCommittee(nn.Module):
+    "Question features -> the weights of several text-conditioned networks, which vote."
+
+    def __init__(self, members: int = 4, networks: Sequence[TextHypernet] = (), **architecture):  # of `TextHypernet`, for new members
+        super().__init__()
+        self.networks = nn.ModuleList(networks or (TextHypernet(**architecture) for _ in range(members)))
+
+    def forward(self, questions: Float[Tensor, "task question_dim"]) -> Float[Tensor, "member task weight"]:
+        "The weights of each member for each question."
+        return torch.stack([network(questions) for network in self.networks])
+
+
+def train_text_committee(
+    first: TextHypernet,  # trained; its seed is not repeated
+    members: int,  # together with the first
+    base: BaseNetwork,
+    tasks: TaskSource,  # meta-train
+    validation: TaskSource,  # meta-validation
+    config: TextConfig,
+    *,
+    seed: int = 0,  # of the first
+    checkpoint: str | Path | None = None,  # each further member has one of its own beside it
+    name: str = "",
+    **options,  # of `fit`
+) -> tuple[TextCommittee, FitResult]:
+    "Train the further members, each stopped early like the first."
+    networks, whole = [first], FitResult()
+    for i in range(1, members):
+        path = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-{i}") if checkpoint else None
+        own: dict[str, Any] = dict(seed=seed + 1000 * i, checkpoint=path, name=f"{name}-{i}")
+        network, result = train_text_network(base, tasks, validation, config, **own, **options)
+        networks.append(network)
+        whole.history += [row | {"step": whole.steps + row["step"]} for row in result.history]
+        whole.steps, whole.loss = whole.steps + result.steps, result.loss
+    model, held_out = TextCommittee(networks=networks).eval(), validation_batches(base, validation)
+    whole.best_step = whole.steps
+    if held_out: whole.best_score = text_accuracy(model, base, held_out)
+    return model, whole
 
 # %% ../nbs/26_text_baselines.ipynb #4db1c058
 class LinearLatents(nn.Module):
