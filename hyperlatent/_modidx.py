@@ -1845,5 +1845,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'hyperlatent.zoo.Zoo.draw': ('zoo.html#zoo.draw', 'hyperlatent/zoo.py'),
                                  'hyperlatent.zoo.Zoo.flat': ('zoo.html#zoo.flat', 'hyperlatent/zoo.py'),
                                  'hyperlatent.zoo._adapt_chunk': ('zoo.html#_adapt_chunk', 'hyperlatent/zoo.py'),
+                                 'hyperlatent.zoo._finished_run': ('zoo.html#_finished_run', 'hyperlatent/zoo.py'),
                                  'hyperlatent.zoo.build_zoo': ('zoo.html#build_zoo', 'hyperlatent/zoo.py'),
                                  'hyperlatent.zoo.zoo_health': ('zoo.html#zoo_health', 'hyperlatent/zoo.py')}}}

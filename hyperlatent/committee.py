@@ -26,13 +26,13 @@ class Committee(nn.Module):
         latent_dim: int = 128,  # of a member; the committee's latents are longer by the address
         hidden: Sequence[int] = (128, 128, 128),  # widths of each member's hidden layers
         question_dim: int = 0,  # numbers per question, for `prior`; 0: it knows nothing of language
-        members: int = 4,
-        networks: Sequence[HNet] = (),  # trained members; new ones by default
+        members: int = 4,  # new ones
+        networks: Sequence[HNet] = (),  # trained members, in place of new ones
     ):
         super().__init__()
-        self.n_weights, self.latent_dim = n_weights, latent_dim + members
-        self.kept: tuple[Any, ...] = ()  # see `readout`
         self.members = nn.ModuleList(networks or (HNet(n_weights, latent_dim, hidden, question_dim=question_dim) for _ in range(members)))
+        self.n_weights, self.latent_dim = n_weights, latent_dim + len(self.members)
+        self.kept: tuple[Any, ...] = ()  # see `readout`
 
     reader = property(lambda self: self.members[0].reader, doc="The members' map of questions to latents, if they have one.")
     z0 = property(lambda self: self.addressed(self.members[0].z0, 0), doc="The start of the first member.")

@@ -8,6 +8,7 @@ __all__ = ['HVAE', 'kl_divergence', 'hvae_loss', 'train_hvae', 'task_loss', 'rec
 # %% ../nbs/25_hvae.ipynb #6c45099b
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +139,8 @@ def train_hvae(
     "Fine-tune networks for every task and train the autoencoder on them; also the zoo of their latents (see `encode_zoo`)."
     accelerator = options.get("accelerator")
     common = dict(seed=seed, progress=options.get("progress", True), share=Share.of(accelerator) if accelerator else ALONE)
-    networks = build_zoo(mnet, base, tasks, config.networks, **common)
+    path = Path(options["checkpoint"]) if options.get("checkpoint") else None
+    networks = build_zoo(mnet, base, tasks, config.networks, checkpoint=path and path.with_stem(f"{path.stem}-networks"), **common)
     held_out = [*build_zoo(mnet, base, validation, replace(config.networks, runs=1), **common | {"share": ALONE}).latents
                 ] if len(validation) else []
     model = HVAE(base.n_weights, config.latent_dim, config.hidden, config.log_variance_offset,

@@ -42,6 +42,7 @@ def check_ranges(
         for x in value if isinstance(value, tuple) else [value]:
             if isinstance(x, int | float) and not (low <= x <= high and math.isfinite(x)):
                 raise ConfigError(f"{name} is {x}", f"Choose {_readable(low, high)}, or leave it out to get the default")
+            if f.name == "time_dim" and x % 2: raise ConfigError(f"{name} is {x}", "Choose an even number: one half is sines, one cosines")
 
 
 def _readable(low: float, high: float) -> str:

@@ -159,7 +159,7 @@ def train(chain: Chain) -> None:
 def _make_zoo(chain, network, base, tasks, checkpoint):
     with chain.accelerator.autocast() if chain.config.mixed_precision == "bf16" else nullcontext():
         zoo = build_zoo(network, base, tasks, chain.config.zoo, seed=chain.config.seed, progress=chain.progress,
-                        start=network.priors if network.reader else None, share=chain.share)
+                        start=network.priors if network.reader else None, share=chain.share, checkpoint=checkpoint)
     health = zoo_health(zoo, network, base, tasks)
     remark = f"{zoo.latents.shape[0]} x {zoo.latents.shape[1]} latents, training accuracy {health['accuracy']:.1%}"
     return Made(vars(zoo), remark, health)

@@ -9,17 +9,20 @@ __all__ = ['Zoo', 'build_zoo', 'zoo_health']
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .adapt import adapt
 from .base import BaseNetwork
-from .errors import HyperLatentError
+from .errors import ArtifactError, HyperLatentError
+from .files import write_tensors
 from .latent_weights import latent_accuracy
 from .memory import chunked
-from .processes import ALONE, Share, summed
+from .processes import ALONE, Share, agreed, summed
 from .settings import ZooConfig
 from .tensor_tasks import TaskSource, over_tasks
 from .training import step_generator
@@ -79,8 +82,11 @@ def build_zoo(
     start: Callable[[Tensor], Tensor] | None = None,  # questions to the latents to begin with, taken in turn: `HNet.priors`; None: `z0`
     progress: bool = True,
     share: Share = ALONE,  # of several processes, each of which adapts its tasks and gets the whole zoo
+    checkpoint: str | Path | None = None,  # every finished run is kept in a file of its own beside it, and not repeated
 ) -> Zoo:
-    "Adapt every task `config.runs` times, each time on a random subset of its support and query samples."
+    """Adapt every task `config.runs` times, each time on a random subset of its support and query samples.
+
+    Raises `ArtifactError` for a checkpoint of another zoo."""
     from tqdm.auto import tqdm
 
     own, size = share(torch.arange(len(tasks))), max_tasks or base.max_tasks
@@ -93,9 +99,25 @@ def build_zoo(
                 latents[run, chunk] = _adapt_chunk(generator, base, tasks, chunk, config, step_generator(seed, run), start, run)
                 bar.update(len(chunk))
 
+            path = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-run{run}") if checkpoint else None
+            if path and agreed(path.exists(), share):
+                latents[run] = _finished_run(path, latents[run])
+                bar.update(len(own))
+                continue
             chunked(adapted, len(own), size)
             summed([latents[run]], share)  # zero where another process is at work: the sum is complete
+            if path and share.main: write_tensors(path, {"latents": latents[run]})
     return Zoo(latents, *tasks.question_phrases())
+
+
+def _finished_run(path: Path, like: Tensor) -> Tensor:
+    "The latents of a run that an earlier call has finished."
+    try:
+        latents = load_file(path)["latents"]
+        if latents.shape != like.shape: raise ValueError(f"latents of shape {tuple(latents.shape)}, not {tuple(like.shape)}")
+    except Exception as error:  # a file from anywhere can be wrong in any way
+        raise ArtifactError(f"the checkpoint {path} does not fit this zoo: {error}", "Delete it to build that run again") from error
+    return latents
 
 
 def _adapt_chunk(generator, base, tasks, chunk, config, lots, start, run) -> Tensor:

@@ -7,11 +7,16 @@ import torch
 
 from hyperlatent.adapt import DirectWeights
 from hyperlatent.base import CLIPAdapter, random_tasks
+from hyperlatent.committee import Committee
 from hyperlatent.evaluate import Models, zero_shot_rows
 from hyperlatent.evidence import control_questions, control_rows, inference_rows, question_ranks, wording_row
-from hyperlatent.few_shot import few_shot_rows
-from hyperlatent.guide_training import train_hyperclip, train_hyperldm
+from hyperlatent.few_shot import few_shot_rows, from_question, from_start, inside_diffusion
+from hyperlatent.guidance import ClassifierGuidance
+from hyperlatent.guide_training import train_hyperclip, train_hyperldm, walk
 from hyperlatent.hvae import HVAE, encode_zoo, kl_divergence, train_hvae
+from hyperlatent.hyperclip import HyperCLIP
+from hyperlatent.hyperldm import Denoiser
+from hyperlatent.hypernet import HNet
 from hyperlatent.latent_health import health_report, memorisation
 from hyperlatent.meta import initial_weights, train_committee, train_hnet, validation_batches
 from hyperlatent.methods import ensemble_rows, guidance_rows, neighbours_of_kind, rows_of, sampled_latents, walk_rows
@@ -103,11 +108,38 @@ def test_latents_drawn_from_the_encoder_have_its_mean_and_variance():
     assert (kl_divergence(torch.zeros(3), torch.zeros(3)) == 0).all()
 
 
-def test_runs_of_the_zoo_take_the_members_in_turn(chain):
-    models, *_ = chain
-    if not hasattr(models.hnet, "members"): return
-    addresses = models.zoo.latents[..., -2:].argmax(-1)
-    assert addresses[0].eq(0).all() and addresses[1].eq(1).all()
+@pytest.fixture(scope="module")
+def committee():
+    """Three untrained members, with guides that sample six latents."""
+    lots, config = torch.Generator().manual_seed(0), tiny(preset("scenes"))
+    tasks, base = random_tasks(12, 16, lots), CLIPAdapter(16, hidden=8, logit_scale=10.0)
+    members = [HNet(base.n_weights, 6, (16,), question_dim=16, generator=lots) for _ in range(3)]
+    network = Committee(base.n_weights, 6, (16,), 16, networks=members).requires_grad_(False)
+    zoo = build_zoo(network, base, tasks, replace(NETWORKS, runs=4), start=network.priors, progress=False)
+    denoiser = Denoiser(9, 16, hidden=16, n_blocks=1, generator=lots).fit_statistics(zoo.flat)
+    hyperclip = HyperCLIP(base.n_weights, 16, (16,), generator=lots)
+    config = replace(config, hyperclip=replace(config.hyperclip, num_samples=6), hyperldm=replace(config.hyperldm, num_samples=6))
+    return Models(base, members[0], network, zoo, hyperclip, denoiser, tasks), tasks.batch(), config
+
+
+def members_of(z):
+    return z[..., -3:].argmax(-1).T.tolist()
+
+
+def test_runs_of_the_zoo_take_the_members_in_turn(committee):
+    models, batch, _ = committee
+    assert members_of(models.zoo.latents) == [[0, 1, 2, 0]] * len(batch)
+
+
+def test_all_members_of_a_committee_have_the_same_say(committee):
+    models, batch, config = committee
+    in_turn = [[0, 1, 2, 0, 1, 2]] * len(batch)
+    assert members_of(sampled_latents(models, batch.question_features, config)) == in_turn
+    assert members_of(inside_diffusion(models, batch, config)) == in_turn
+    assert members_of(from_question(models, batch, config)) == in_turn
+    assert members_of(from_start(models, batch, config)) == [[0, 1, 2]] * len(batch)
+    walked = walk(ClassifierGuidance(models.hyperclip, models.hnet), batch.question_features, config.hyperclip)
+    assert members_of(walked.final) == in_turn and members_of(walked.z[0]) == in_turn
 
 
 def test_a_committee_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
