@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import BaseNetwork, CLIPAdapter
+from .committee import Committee, addressees
 from .errors import HyperLatentError
 from .graphs import Captured, recordable
 from .latent_gradient import gradient_of
@@ -100,6 +101,9 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
         parts: list[Any] = [adapt(generator, base, batch.take(at), start=start[at], prior_weight=prior[at].to(start), **options)
                             for at in torch.arange(len(batch), device=start.device).split(few)]
         return {step: torch.cat([part[step] for part in parts]) for step in parts[0]} if record else torch.cat(parts)
+    if isinstance(generator, Committee) and not create_graph:
+        same: Any = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record or (steps,), dtype=dtype)
+        return _adapt_members(generator, base, batch, start.detach(), prior_weight, same, one=not record)
     z, direction = start if create_graph else start.detach(), Adam() if optimizer == "adam" else lambda g: g
     found, by_autograd = {0: z} if 0 in record else {}, lambda z: support_gradient(generator, base, batch, z, create_graph)
     if not create_graph: by_autograd = recorded_gradient(generator, base, batch)
@@ -110,6 +114,15 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
         z = z - learning_rate * direction(gradient if create_graph else gradient.detach())
         if step in record: found[step] = z
     return found if record else z
+
+
+def _adapt_members(generator, base, batch, start, prior_weight, options, one):
+    "Every member of a committee fits the latents that are addressed to it, as if there were no other."
+    found, prior = {step: start.clone() for step in options["record"]}, torch.as_tensor(prior_weight).expand(len(batch), 1).to(start)
+    for member, own, at in addressees(generator, start):
+        part = adapt(member, base, batch.take(at), start=own, prior_weight=prior[at], **options)
+        for step, z in part.items(): found[step][at, : z.shape[1]] = z
+    return next(iter(found.values())) if one else found
 
 # %% ../nbs/22_adapt.ipynb #de56b31b
 class DirectWeights(nn.Module):

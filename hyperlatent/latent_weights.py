@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import BaseNetwork, CLIPAdapter, masked_mean
+from .committee import addressees
 from .products import pack, pairwise, product
 from .tasks import Samples, TaskBatch
 
@@ -100,8 +101,15 @@ def latent_accuracy(
     "`base.ensemble_accuracy(generator(z), samples, batch)`, without the weights where that is possible."
     if not (isinstance(base, CLIPAdapter) and by_blocks(generator, base)) or torch.is_autocast_enabled("cpu"):
         return base.ensemble_accuracy(generator(z), samples, batch)
-    readout = Readout(generator, base, z.shape[1])
-    logits = (base.compare(readout.embed(generator.trunk(one), samples.features), batch) for one in z)  # type: ignore[operator]
+    readouts: dict[nn.Module, Readout] = {}
+
+    def logits_of(one: Tensor) -> Tensor:
+        network, own, at = addressees(generator, one)[0]
+        if len(at) < len(one): network, own = generator, one  # not all tasks' latents are for the same member of a committee
+        if network not in readouts: readouts[network] = Readout(network, base, len(one))
+        return base.compare(readouts[network].embed(network.trunk(own), samples.features), batch)  # type: ignore[operator]
+
+    logits = (logits_of(one) for one in z)
     if len(z) == 1: answers = next(logits).argmax(-1)  # the most probable one without its probability
     else: answers = sum((each.softmax(-1) for each in logits), torch.zeros(())).argmax(-1)
     return masked_mean((answers == samples.labels).float(), samples.mask)
