@@ -1767,6 +1767,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'hyperlatent.viz.live.Latest._overtaken': ('live.html#latest._overtaken', 'hyperlatent/viz/live.py'),
                                       'hyperlatent.viz.live.Latest._run': ('live.html#latest._run', 'hyperlatent/viz/live.py'),
                                       'hyperlatent.viz.live.Latest.give': ('live.html#latest.give', 'hyperlatent/viz/live.py'),
+                                      'hyperlatent.viz.live.Latest.rest': ('live.html#latest.rest', 'hyperlatent/viz/live.py'),
                                       'hyperlatent.viz.live.Memory': ('live.html#memory', 'hyperlatent/viz/live.py'),
                                       'hyperlatent.viz.live.Memory.__init__': ('live.html#memory.__init__', 'hyperlatent/viz/live.py'),
                                       'hyperlatent.viz.live.Memory.get_or': ('live.html#memory.get_or', 'hyperlatent/viz/live.py')},

@@ -195,6 +195,8 @@ class Explorer(anywidget.AnyWidget):
             request = Request.of(item)
             for message, buffers in messages(self.engine, request, self.known, outdated, self.sweep):
                 self.send(message, buffers)
+                # now the page has something to draw, and what comes next would take the processor away from it
+                if message["type"] == "frame" and message["gamma"] in (request.guidance_scale, "walk"): self.worker.rest(0.06)
             self.last_error = ""
         except Outdated: pass
         except Exception as error:  # nobody else would see it: this is a thread

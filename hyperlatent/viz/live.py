@@ -33,6 +33,10 @@ class Latest:
             self.idle.clear()
             self._new.notify()
 
+    def rest(self, seconds: float) -> None:
+        "Called by the work: leave the processor to others for a moment, unless something newer waits."
+        with self._new: self._new.wait_for(lambda: self._item is not None, seconds)
+
     def _overtaken(self, generation: int) -> bool:
         return self._generation != generation
 
