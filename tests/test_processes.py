@@ -137,7 +137,9 @@ def results(tmp_path_factory) -> dict[int, list[dict[str, torch.Tensor]]]:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error[-3000:]
         found[number] = [load_file(out / f"results{i}.safetensors") for i in range(number)]
-        assert len(list(out.glob("*.safetensors"))) == len(NAMES) + number  # a checkpoint of each training, by one writer
+        networks = list(out.glob("*-networks-run*.safetensors"))  # HVAE's, kept run by run
+        assert len(networks) == 2
+        assert len(list(out.glob("*.safetensors"))) == len(NAMES) + number + 2  # a checkpoint of each training, by one writer
     return found
 
 
