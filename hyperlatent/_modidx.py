@@ -847,6 +847,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'hyperlatent.meta.prior_accuracy': ('meta.html#prior_accuracy', 'hyperlatent/meta.py'),
                                   'hyperlatent.meta.train_committee': ('meta.html#train_committee', 'hyperlatent/meta.py'),
                                   'hyperlatent.meta.train_hnet': ('meta.html#train_hnet', 'hyperlatent/meta.py'),
+                                  'hyperlatent.meta.train_members': ('meta.html#train_members', 'hyperlatent/meta.py'),
                                   'hyperlatent.meta.train_mnet': ('meta.html#train_mnet', 'hyperlatent/meta.py'),
                                   'hyperlatent.meta.validation_batches': ('meta.html#validation_batches', 'hyperlatent/meta.py')},
             'hyperlatent.methods': { 'hyperlatent.methods._walked': ('methods.html#_walked', 'hyperlatent/methods.py'),

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['accuracy', 'prior_accuracy', 'validation_batches', 'train_mnet', 'multitask_loss', 'initial_weights', 'TaskLatents',
-           'draw_tasks', 'auto_decoder_loss', 'maml_loss', 'train_hnet', 'train_committee']
+           'draw_tasks', 'auto_decoder_loss', 'maml_loss', 'train_hnet', 'train_members', 'train_committee']
 
 # %% ../nbs/23_meta.ipynb #e5069a5e
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +183,26 @@ def train_hnet(
     return network(model), result
 
 # %% ../nbs/23_meta.ipynb #efbede96
+def train_members(
+    learn: Callable[..., tuple[Any, FitResult]],  # trains one: of the members before it, and with `seed`, `checkpoint` and `name`
+    networks: Sequence[Any],  # members that there are
+    members: int,  # together with these
+    seed: int,  # of the first member
+    checkpoint: str | Path | None,  # each member has one of its own beside it
+    name: str,
+) -> tuple[list[Any], FitResult]:
+    "Train the members that are missing, each from a seed of its own; also what all their trainings did, one after the other."
+    networks, whole = [*networks], FitResult()
+    for i in range(len(networks), members):
+        path = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-{i}") if checkpoint else None
+        network, result = learn(networks, seed=seed + 1000 * i, checkpoint=path, name=f"{name}-{i}")
+        networks.append(network)
+        whole.history += [row | {"step": whole.steps + row["step"]} for row in result.history]
+        whole.steps, whole.loss = whole.steps + result.steps, result.loss
+    whole.best_step = whole.steps
+    return networks, whole
+
+
 def train_committee(
     base: BaseNetwork,
     tasks: TaskSource,  # meta-train
@@ -195,16 +216,9 @@ def train_committee(
 ) -> tuple[Committee, FitResult]:
     "Train `config.members` hypernetworks. Raises `ConfigError` for members that do not know of language."
     if config.method != "joint": raise ConfigError(f"a committee of {config.method!r} members", "Use members: 1, or the method 'joint'")
-    networks, whole = list[HNet](), FitResult()
-    for i in range(config.members):
-        path = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-{i}") if checkpoint else None
-        network, result = train_hnet(base, tasks, validation, config, like=networks[0] if networks else None, seed=seed + 1000 * i,
-                                     checkpoint=path, name=f"{name}-{i}", **options)
-        networks.append(network)
-        whole.history += [row | {"step": whole.steps + row["step"]} for row in result.history]
-        whole.steps, whole.loss = whole.steps + result.steps, result.loss
+    learn = lambda others, **own: train_hnet(base, tasks, validation, config, like=others[0] if others else None, **own, **options)
+    networks, whole = train_members(learn, [], config.members, seed, checkpoint, name)
     committee = Committee(base.n_weights, config.latent_dim, config.hidden, networks[0].reader.in_features, networks=networks,  # type: ignore[union-attr]
                           members=config.members).eval()
-    whole.best_step, held_out = whole.steps, validation_batches(base, validation)
-    if held_out: whole.best_score = prior_accuracy(committee, base, held_out)
+    if held_out := validation_batches(base, validation): whole.best_score = prior_accuracy(committee, base, held_out)
     return committee, whole

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .base import BaseNetwork, CLIPAdapter
 from .errors import HyperLatentError
 from .hypernet import HNet
-from .meta import initial_weights, validation_batches
+from .meta import initial_weights, train_members, validation_batches
 from .processes import ALONE, Share, mean_score, whole_dropout
 from .settings import TextConfig
 from .tasks import TaskBatch
@@ -170,17 +170,10 @@ def train_text_committee(
     **options,  # of `fit`
 ) -> tuple[TextCommittee, FitResult]:
     "Train the further members, each stopped early like the first."
-    networks, whole = [first], FitResult()
-    for i in range(1, members):
-        path = Path(checkpoint).with_stem(f"{Path(checkpoint).stem}-{i}") if checkpoint else None
-        own: dict[str, Any] = dict(seed=seed + 1000 * i, checkpoint=path, name=f"{name}-{i}")
-        network, result = train_text_network(base, tasks, validation, config, **own, **options)
-        networks.append(network)
-        whole.history += [row | {"step": whole.steps + row["step"]} for row in result.history]
-        whole.steps, whole.loss = whole.steps + result.steps, result.loss
-    model, held_out = TextCommittee(networks=networks).eval(), validation_batches(base, validation)
-    whole.best_step = whole.steps
-    if held_out: whole.best_score = text_accuracy(model, base, held_out)
+    learn = lambda others, **own: train_text_network(base, tasks, validation, config, **own, **options)
+    networks, whole = train_members(learn, [first], members, seed, checkpoint, name)
+    model = TextCommittee(networks=networks).eval()
+    if held_out := validation_batches(base, validation): whole.best_score = text_accuracy(model, base, held_out)
     return model, whole
 
 # %% ../nbs/26_text_baselines.ipynb #4db1c058
