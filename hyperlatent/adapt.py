@@ -6,7 +6,7 @@
 __all__ = ['support_gradient', 'Adam', 'recorded_gradient', 'adapt', 'DirectWeights']
 
 # %% ../nbs/22_adapt.ipynb #fffa5871
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 from weakref import WeakKeyDictionary, ref
 
@@ -19,7 +19,7 @@ from .base import BaseNetwork, CLIPAdapter
 from .committee import Committee, addressees
 from .errors import HyperLatentError
 from .graphs import Captured, recordable
-from .latent_gradient import gradient_of
+from .latent_gradient import gradients_of
 from .tasks import Samples, TaskBatch
 
 # %% ../nbs/22_adapt.ipynb #0c02b743
@@ -95,25 +95,32 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     if optimizer not in ("sgd", "adam"):
         raise HyperLatentError(f"optimizer is {optimizer!r}", "Choose 'sgd' or 'adam'")
     start = generator.z0.expand(len(batch), -1) if start is None else start
-    if not create_graph and len(batch) > (few := getattr(generator, "tasks_at_once", len(batch))):
-        options: dict[str, Any] = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record)
-        prior = torch.as_tensor(prior_weight).expand(len(batch), 1)
-        parts: list[Any] = [adapt(generator, base, batch.take(at), start=start[at], prior_weight=prior[at].to(start), **options)
-                            for at in torch.arange(len(batch), device=start.device).split(few)]
-        return {step: torch.cat([part[step] for part in parts]) for step in parts[0]} if record else torch.cat(parts)
     if isinstance(generator, Committee) and not create_graph:
         same: Any = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record or (steps,), dtype=dtype)
         return _adapt_members(generator, base, batch, start.detach(), prior_weight, same, one=not record)
-    z, direction = start if create_graph else start.detach(), Adam() if optimizer == "adam" else lambda g: g
-    found, by_autograd = {0: z} if 0 in record else {}, lambda z: support_gradient(generator, base, batch, z, create_graph)
-    if not create_graph: by_autograd = recorded_gradient(generator, base, batch)
-    rough = torch.autocast(start.device.type, dtype)(by_autograd) if dtype in (torch.bfloat16, torch.float16) else by_autograd
-    gradient_at = by_autograd if create_graph else gradient_of(generator, base, batch, rough, dtype)
-    for step in range(1, max(steps, *record, 0) + 1 if record else steps + 1):
-        gradient = gradient_at(z) + prior_weight * (z - start)
-        z = z - learning_rate * direction(gradient if create_graph else gradient.detach())
+    prior, last = torch.as_tensor(prior_weight).expand(len(batch), 1).to(start), max(steps, *record, 0) if record else steps
+    if create_graph:
+        parts: Iterable[Any] = [(torch.arange(len(batch)), lambda z: support_gradient(generator, base, batch, z, create_graph))]
+    else:
+        start, rough = start.detach(), torch.autocast(start.device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else lambda f: f
+        parts = gradients_of(generator, base, batch, last, lambda some: rough(recorded_gradient(generator, base, some)), dtype)
+    found, order = [], []
+    for at, gradient_at in parts:
+        direction = Adam() if optimizer == "adam" else lambda g: g
+        found.append(_descend(gradient_at, direction, start[at], prior[at], learning_rate, last, record or (last,)))
+        order.append(at)
+    place = torch.cat(order).argsort()
+    path = {step: torch.cat([part[step] for part in found])[place] for step in found[0]}
+    return path if record else path[last]
+
+
+def _descend(gradient_at, direction, start, prior, learning_rate, last, record) -> dict[int, Tensor]:
+    "Latents after the steps that are recorded."
+    z, found = start, {0: start} if 0 in record else {}
+    for step in range(1, last + 1):
+        z = z - learning_rate * direction(gradient_at(z) + prior * (z - start))
         if step in record: found[step] = z
-    return found if record else z
+    return found
 
 
 def _adapt_members(generator, base, batch, start, prior_weight, options, one):

@@ -6,6 +6,8 @@
 __all__ = ['product', 'pairwise', 'pack']
 
 # %% ../nbs/20_products.ipynb #f9b24c7c
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,18 +16,26 @@ from torch.nn import functional as F
 # %% ../nbs/20_products.ipynb #f1ea0eef
 def product(x: Float[Tensor, "*row in"], matrix: Float[Tensor, "out in"], bias: Float[Tensor, "out"] | None = None) -> Tensor:
     "`x @ matrix.T + bias` by the fastest route of this device; it has no gradient."
-    if x.device.type == "cpu" and x.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        try:
-            return torch.ops.mkldnn._linear_pointwise(x.detach(), matrix.detach(), None if bias is None else bias.detach(), "none", [], "")
+    if _by_onednn(x):
+        try: return _LINEAR(x.detach(), matrix.detach(), None if bias is None else bias.detach(), "none", [], "")
         except RuntimeError: pass  # under a tight limit of memory oneDNN gives up where the plain product still fits
     with torch.no_grad(): return F.linear(x, matrix, bias)
+
+
+_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and _LINEAR is not None
 
 # %% ../nbs/20_products.ipynb #e82e61a1
 def pairwise(x: Float[Tensor, "task row in"], matrices: Float[Tensor, "task out in"]) -> Float[Tensor, "task row out"]:
     "`x @ matrices.mT`, task by task, by the fastest route of this device; it has no gradient."
-    large = x.shape[1] * matrices[0].numel() >= 2**20
-    if not (large and x.device.type == "cpu" and x.dtype == torch.float32): return torch.bmm(x, matrices.mT)
-    return torch.stack([product(one, matrix) for one, matrix in zip(x.unbind(), matrices.unbind())])
+    x, matrices = x.detach(), matrices.detach()
+    if x.shape[1] * matrices[0].numel() >= 2**20 and _by_onednn(x):
+        try: return torch.stack([_LINEAR(*pair, None, "none", [], "") for pair in zip(x.unbind(), matrices.unbind())])
+        except RuntimeError: pass
+    return torch.bmm(x, matrices.mT)
 
 # %% ../nbs/20_products.ipynb #da8d1db7
 def pack(matrix: Float[Tensor, "out in"]) -> Tensor:

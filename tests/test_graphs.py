@@ -44,7 +44,8 @@ def recorded(monkeypatch):
         monkeypatch.setattr(module, "recordable", lambda inputs: all(isinstance(x, torch.Tensor) for x in inputs))
     monkeypatch.setattr(hyperlatent.graphs, "_Recording", StandIn)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(hyperlatent.adapt, "gradient_of", lambda generator, base, batch, otherwise, dtype: otherwise)
+    monkeypatch.setattr(hyperlatent.adapt, "gradients_of",
+                        lambda generator, base, batch, steps, otherwise, dtype: [(torch.arange(len(batch)), otherwise(batch))])
     return lambda: StandIn.made
 
 

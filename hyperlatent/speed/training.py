@@ -48,18 +48,17 @@ def adaptation(setup: Setup, plain: Any, weights: bool = False, dtype: torch.dty
     base, inner = setup.base, setup.config.hvae.networks.inner if weights else setup.config.zoo.inner
     generator = DirectWeights(base.init(1, torch.Generator().manual_seed(2))[0]).to(setup.device) if weights else setup.hnet
     generator.requires_grad_(False)
-    tasks, steps = setup.support(setup.part(16, 64)), setup.part(2, 20)
-    alone, rate = tasks.take(range(setup.part(1, 2))), 1e-3 if weights else inner.learning_rate
-    count = len(setup.tasks.split("meta-train"))
-    part = lambda batch: len(batch) * steps / (count * inner.steps)
+    tasks, steps = setup.support(setup.part(32, 192)), inner.steps  # all of them: what is prepared once pays over the steps
+    alone, some = tasks.take(range(setup.part(1, 2))), setup.part(2, 20)  # the plain loop prepares nothing
+    count, rate = len(setup.tasks.split("meta-train")), 1e-3 if weights else inner.learning_rate
     samples, answers = tasks.support.mask.sum(1).float().mean().item(), tasks.answer_mask.sum(1).float().mean().item()
     work = inner_step(base, None if weights else setup.hnet, len(tasks), round(samples), round(answers)) * steps
-    loop = lambda: plain.adapt_all(generator, generator.z0, plain.plain_tasks(alone), base.hidden, steps, rate)
+    loop = lambda: plain.adapt_all(generator, generator.z0, plain.plain_tasks(alone), base.hidden, some, rate)
     exact = dtype == torch.float32
     name = f"adaptation, {'all weights' if weights else 'latents'}{'' if exact else ' in bfloat16'}"
     return Job(name, f"{count} tasks, {inner.steps} steps",
-               lambda: adapt(generator, base, tasks, steps=steps, learning_rate=rate, dtype=dtype), part(tasks),
-               work, loop if plain else None, part(alone), target=None if weights else 5.0 if exact else 10.0)
+               lambda: adapt(generator, base, tasks, steps=steps, learning_rate=rate, dtype=dtype), len(tasks) / count,
+               work, loop if plain else None, len(alone) * some / (count * steps), target=None if weights else 5.0 if exact else 10.0)
 
 # %% ../../nbs/43_speed_training.ipynb #f770b3cf
 def meta_step(setup: Setup, plain: Any, second_order: bool = False) -> Job:
@@ -75,8 +74,8 @@ def meta_step(setup: Setup, plain: Any, second_order: bool = False) -> Job:
     batch = setup.support(number, 50)
     loop = lambda: plain.maml_step(model, optimizer, plain.plain_tasks(batch), base.hidden, steps, config.inner.learning_rate,
                                    second_order, fitted.clip_norm)
-    answers = round(batch.answer_mask.sum(1).float().mean().item())
-    inner, size = inner_step(base, setup.hnet, number, 50, answers) * steps, (base, number, 50, answers)
+    samples, answers = (round(mask.sum(1).float().mean().item()) for mask in (batch.support.mask, batch.answer_mask))
+    inner, size = inner_step(base, setup.hnet, number, samples, answers) * steps, (base, number, samples, answers)
     outer = score(*size) + score_gradient(*size) + generate(setup.hnet, number) * 3 + update(setup.hnet)
     # through the loop: every product of it has two more on the way back, three where a product is itself a gradient
     work = inner * 3 + outer if second_order else inner + outer
