@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .adapt import DirectWeights
 from .base import BaseNetwork
+from .direct_weights import DirectWeights
 from .processes import ALONE, Share
 from .settings import HVAEConfig
 from .tasks import Samples, TaskBatch

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapt import DirectWeights, adapt
+from .adapt import adapt
 from .base import BaseNetwork
 from .committee import Committee
+from .direct_weights import DirectWeights
 from .errors import ConfigError
 from .hypernet import HNet
 from .latent_weights import latent_accuracy

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapt import DirectWeights
 from .artifacts import Artifact, load_artifact
 from .base import CLIPAdapter
 from .chain import Chain, Made
 from .committee import Committee
 from .config import load_config, to_dict
 from .data.prepare import locked, prepare
+from .direct_weights import DirectWeights
 from .errors import ArtifactError, ConfigError, TaskError
 from .evaluate import Models, Row, results, table, zero_shot_rows
 from .files import remove_stale, write_json

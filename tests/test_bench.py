@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyperlatent.adapt import DirectWeights, adapt
+import hyperlatent.adapt as adapting
+from hyperlatent.adapt import adapt
 from hyperlatent.base import CLIPAdapter
 from hyperlatent.cli import main
+from hyperlatent.direct_weights import DirectWeights
 from hyperlatent.errors import ConfigError
 from hyperlatent.files import read_json
+from hyperlatent.fixed_inputs import FixedInputs
 from hyperlatent.guidance import ClassifierFreeGuidance, ClassifierGuidance
 from hyperlatent.hvae import HVAE, hvae_loss
 from hyperlatent.hyperclip import info_nce
@@ -66,7 +69,14 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor], start) -> None:
 # ---- the inner loop
 
 
-def test_adapted_latents_and_weights(setup, plain):
+@pytest.mark.parametrize("images", [False, True])
+def test_adapted_latents_and_weights(setup, plain, images, monkeypatch):
+    """All tasks at once; and in parts, with the first layer's images instead of its weights, as for many steps at the published sizes."""
+    made = []
+    if images:
+        monkeypatch.setattr(adapting, "TASKS", 5)
+        monkeypatch.setattr(adapting, "worth_fixing", lambda *_: True)
+        monkeypatch.setattr(adapting, "FixedInputs", lambda *inputs: made.append(FixedInputs(*inputs)) or made[-1])
     batch, base = setup.support(12), setup.base
     tasks = plain.plain_tasks(batch)
     direct = DirectWeights(base.init(1, torch.Generator().manual_seed(0))[0]).requires_grad_(False)
@@ -74,6 +84,8 @@ def test_adapted_latents_and_weights(setup, plain):
         ours = adapt(generator, base, batch, steps=5, learning_rate=rate)
         assert close(ours, plain.adapt_all(generator, generator.z0, tasks, base.hidden, 5, rate))
         assert not close(ours, generator.z0.expand_as(ours), 1e-3)
+    assert len({len(one.images) for one in made}) <= 1 and len(made) == 3 * images
+    assert not images or made[0].memory is made[-1].memory
 
 
 def test_chunks_of_the_zoo_change_nothing(setup):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyperlatent.adapt import DirectWeights
 from hyperlatent.base import CLIPAdapter, random_tasks
 from hyperlatent.committee import Committee
+from hyperlatent.direct_weights import DirectWeights
 from hyperlatent.evaluate import Models, zero_shot_rows
 from hyperlatent.evidence import control_questions, control_rows, inference_rows, question_ranks, wording_row
 from hyperlatent.few_shot import few_shot_rows, from_question, from_start, inside_diffusion

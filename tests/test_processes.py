@@ -36,7 +36,7 @@ INNER = AdaptConfig(steps=3, learning_rate=0.05)
 
 def trainings(base, train, validation):
     """Every training of the library in miniature, by name: a function of `fit`'s options that gives a network."""
-    from hyperlatent.adapt import DirectWeights
+    from hyperlatent.direct_weights import DirectWeights
     from hyperlatent.guide_training import train_hyperclip, train_hyperldm
     from hyperlatent.hvae import train_hvae
     from hyperlatent.hypernet import HNet

@@ -9,11 +9,12 @@ import torch
 from hyperlatent.base import CLIPAdapter, random_tasks
 from hyperlatent.cli import main
 from hyperlatent.data.rehearsal_tasks import SPLIT_VARIABLE, rehearsal_tasks
+from hyperlatent.direct_weights import DirectWeights
 from hyperlatent.evaluate import Models, zero_shot_rows
 from hyperlatent.hyperclip import HyperCLIP
 from hyperlatent.hyperldm import Denoiser
 from hyperlatent.hypernet import HNet
-from hyperlatent.meta import DirectWeights, accuracy, validation_batches
+from hyperlatent.meta import accuracy, validation_batches
 from hyperlatent.settings import AdaptConfig, ZooConfig, preset
 from hyperlatent.tasks import TaskSet
 from hyperlatent.zoo import build_zoo, zoo_health

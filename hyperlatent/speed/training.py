@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..adapt import DirectWeights, adapt
+from ..adapt import adapt
+from ..direct_weights import DirectWeights
 from ..guide_training import train_hyperclip, train_hyperldm
 from ..hvae import HVAE, hvae_loss
 from ..hyperclip import info_nce
