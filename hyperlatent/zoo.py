@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .adapt import adapt
+from .adapt import adapt, tasks_to_adapt
 from .base import BaseNetwork
 from .errors import ArtifactError, HyperLatentError
 from .files import write_tensors
@@ -78,7 +78,7 @@ def build_zoo(
     config: ZooConfig,
     *,
     seed: int = 0,
-    max_tasks: int = 0,  # adapted at once, fewer where memory does not suffice; 0: `base.max_tasks`
+    max_tasks: int = 0,  # adapted at once, fewer where memory does not suffice; 0: `tasks_to_adapt`
     start: Callable[[Tensor], Tensor] | None = None,  # questions to the latents to begin with, taken in turn: `HNet.priors`; None: `z0`
     progress: bool = True,
     share: Share = ALONE,  # of several processes, each of which adapts its tasks and gets the whole zoo
@@ -89,7 +89,7 @@ def build_zoo(
     Raises `ArtifactError` for a checkpoint of another zoo."""
     from tqdm.auto import tqdm
 
-    own, size = share(torch.arange(len(tasks))), max_tasks or base.max_tasks
+    own, size = share(torch.arange(len(tasks))), max_tasks or tasks_to_adapt(generator, base)
     latents = torch.zeros(config.runs, len(tasks), generator.latent_dim, device=generator.z0.device)
     with tqdm(total=config.runs * len(own), desc="zoo", unit="task", disable=not (progress and share.main), leave=False) as bar:
         for run in range(config.runs):

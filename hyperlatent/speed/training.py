@@ -49,7 +49,7 @@ def adaptation(setup: Setup, plain: Any, weights: bool = False, dtype: torch.dty
     base, inner = setup.base, setup.config.hvae.networks.inner if weights else setup.config.zoo.inner
     generator = DirectWeights(base.init(1, torch.Generator().manual_seed(2))[0]).to(setup.device) if weights else setup.hnet
     generator.requires_grad_(False)
-    tasks, steps = setup.support(setup.part(32, 192)), inner.steps  # all of them: what is prepared once pays over the steps
+    tasks, steps = setup.support(setup.part(32, 384)), inner.steps  # all of them: what is prepared once pays over the steps
     alone, some = tasks.take(range(setup.part(1, 2))), setup.part(2, 20)  # the plain loop prepares nothing
     count, rate = len(setup.tasks.split("meta-train")), 1e-3 if weights else inner.learning_rate
     samples, answers = tasks.support.mask.sum(1).float().mean().item(), tasks.answer_mask.sum(1).float().mean().item()
