@@ -93,18 +93,19 @@ def gradients_of(
     "Parts of the tasks, and from their latents to gradients by the fastest way there is; memory of one part is held at a time."
     dtype = dtype or (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
     count = batch.support.mask.sum(1)  # tasks of about as many samples stand together, so that there is little padding
-    order = count.argsort(descending=True, stable=True)
+    order, few = count.argsort(descending=True, stable=True), getattr(generator, "tasks_at_once", len(batch))
     if isinstance(base, CLIPAdapter) and by_hand(generator, base, dtype):
-        for at in order.split(generator.tasks_at_once): yield at, WeightGradient(base, trimmed(batch.take(at)))
-        return
-    if not (isinstance(base, CLIPAdapter) and by_blocks(generator, base)):
-        for at in order.split(getattr(generator, "tasks_at_once", len(batch))):
-            yield at, otherwise(batch if len(at) == len(batch) else batch.take(at))
-        return
-    parts = order.chunk(-(-len(batch) // TASKS))
-    readout = Readout(generator, base, len(parts[0]), dtype, BLOCK_BYTES)
+        for at in order.split(few): yield at, WeightGradient(base, trimmed(batch.take(at)))
+    elif isinstance(base, CLIPAdapter) and by_blocks(generator, base):
+        yield from _latent_gradients(generator, base, batch, order.chunk(-(-len(batch) // TASKS)), steps, dtype)
+    else:
+        for at in order.sort().values.split(few): yield at, otherwise(batch if few >= len(batch) else batch.take(at))
+
+
+def _latent_gradients(generator, base, batch, parts, steps, dtype):
+    readout, most = Readout(generator, base, len(parts[0]), dtype, BLOCK_BYTES), int(batch.support.mask.sum(1).amax())
     top = readout.first_matrix.shape[1]
-    fixed = dtype == torch.float32 and worth_fixing(base, top, len(parts[0]), int(count.amax()), steps)
+    fixed = dtype == torch.float32 and worth_fixing(base, top, len(parts[0]), most, steps)
     if steps * len(parts) >= PACK: readout.pack(first=not fixed)
     known: FixedInputs | None = None
     for at in parts:
@@ -133,10 +134,11 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
 ) -> Float[Tensor, "task latent"] | dict[int, Float[Tensor, "task latent"]]:
     """Latents fitted to the support samples of each task (section 2.2), or a dictionary of them by step with `record`.
 
-    Raises `HyperLatentError` for an unknown optimizer.
+    Raises `HyperLatentError` for an unknown optimizer, or no task.
     """
     if optimizer not in ("sgd", "adam"):
         raise HyperLatentError(f"optimizer is {optimizer!r}", "Choose 'sgd' or 'adam'")
+    if not len(batch): raise HyperLatentError("there is no task to adapt", "Give a batch of at least one")
     start = generator.z0.expand(len(batch), -1) if start is None else start
     if isinstance(generator, Committee) and not create_graph:
         same: Any = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record or (steps,), dtype=dtype)
