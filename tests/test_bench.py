@@ -75,6 +75,7 @@ def test_adapted_latents_and_weights(setup, plain, images, monkeypatch):
     made = []
     if images:
         monkeypatch.setattr(adapting, "TASKS", 5)
+        monkeypatch.setattr(adapting, "PART_BYTES", 1)
         monkeypatch.setattr(adapting, "worth_fixing", lambda *_: True)
         monkeypatch.setattr(adapting, "FixedInputs", lambda *inputs: made.append(FixedInputs(*inputs)) or made[-1])
     batch, base = setup.support(12), setup.base
