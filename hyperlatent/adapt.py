@@ -80,7 +80,7 @@ PACK = 24  # steps after which it has paid to pack the blocks
 
 
 def tasks_to_adapt(generator: nn.Module, base: BaseNetwork) -> int:
-    "How many tasks to adapt at once: more than `base.max_tasks` where only those of a part ever have weights."
+    "How many tasks to adapt at once: four times `base.max_tasks` where weights are made in blocks, in a fourth of the memory."
     return base.max_tasks * (4 if isinstance(base, CLIPAdapter) and by_blocks(generator, base) else 1)
 
 
