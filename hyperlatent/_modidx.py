@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'hyperlatent.adapt.Adam.__call__': ('adapt.html#adam.__call__', 'hyperlatent/adapt.py'),
                                    'hyperlatent.adapt.Adam.__init__': ('adapt.html#adam.__init__', 'hyperlatent/adapt.py'),
                                    'hyperlatent.adapt._adapt_members': ('adapt.html#_adapt_members', 'hyperlatent/adapt.py'),
+                                   'hyperlatent.adapt._by_samples': ('adapt.html#_by_samples', 'hyperlatent/adapt.py'),
                                    'hyperlatent.adapt._descend': ('adapt.html#_descend', 'hyperlatent/adapt.py'),
                                    'hyperlatent.adapt._latent_gradients': ('adapt.html#_latent_gradients', 'hyperlatent/adapt.py'),
                                    'hyperlatent.adapt.adapt': ('adapt.html#adapt', 'hyperlatent/adapt.py'),

@@ -80,8 +80,8 @@ PACK = 24  # steps after which it has paid to pack the blocks
 
 
 def tasks_to_adapt(generator: nn.Module, base: BaseNetwork) -> int:
-    "How many tasks to adapt at once: four times `base.max_tasks` where weights are made in blocks, in a fourth of the memory."
-    return base.max_tasks * (4 if isinstance(base, CLIPAdapter) and by_blocks(generator, base) else 1)
+    "How many tasks to adapt at once: more than `base.max_tasks` where `gradients_of` goes through them in parts of that many at most."
+    return base.max_tasks * (4 if by_blocks(generator, base) else 1)
 
 
 def gradients_of(
@@ -94,16 +94,21 @@ def gradients_of(
 ) -> Iterator[tuple[Int[Tensor, "part"], Callable[[Tensor], Tensor]]]:
     "Parts of the tasks, and from their latents to gradients by the fastest way there is; memory of one part is held at a time."
     dtype = dtype or (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-    count = batch.support.mask.sum(1)  # tasks of about as many samples stand together, so that there is little padding
-    order, few = count.argsort(descending=True, stable=True), getattr(generator, "tasks_at_once", len(batch))
+    few = getattr(generator, "tasks_at_once", len(batch))
     if isinstance(base, CLIPAdapter) and by_hand(generator, base, dtype):
-        for at in order.split(few): yield at, WeightGradient(base, trimmed(batch.take(at)))
+        for at in _by_samples(batch).split(few): yield at, WeightGradient(base, trimmed(batch.take(at)))
     elif isinstance(base, CLIPAdapter) and by_blocks(generator, base):
         each = 2 * base.n_weights + 16 * batch.support.features[0].numel()  # bytes: half the weights, and what lies between the layers
-        number = -(-len(batch) // max(TASKS, PART_BYTES // each))
-        yield from _latent_gradients(generator, base, batch, order.chunk(number), steps, dtype)
+        number = -(-len(batch) // min(base.max_tasks, max(TASKS, PART_BYTES // each)))
+        yield from _latent_gradients(generator, base, batch, _by_samples(batch).chunk(number), steps, dtype)
     else:
-        for at in order.sort().values.split(few): yield at, otherwise(batch if few >= len(batch) else batch.take(at))
+        for at in torch.arange(len(batch), device=batch.support.mask.device).split(few):
+            yield at, otherwise(batch if few >= len(batch) else batch.take(at))
+
+
+def _by_samples(batch: TaskBatch) -> Int[Tensor, "task"]:
+    "Tasks of about as many samples stand together, so that there is little padding."
+    return batch.support.mask.sum(1).argsort(descending=True, stable=True)
 
 
 def _latent_gradients(generator, base, batch, parts, steps, dtype):
@@ -144,10 +149,12 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
         raise HyperLatentError(f"optimizer is {optimizer!r}", "Choose 'sgd' or 'adam'")
     if not len(batch): raise HyperLatentError("there is no task to adapt", "Give a batch of at least one")
     start = generator.z0.expand(len(batch), -1) if start is None else start
+    pulled = isinstance(prior_weight, Tensor) or prior_weight != 0
+    prior = torch.as_tensor(prior_weight).expand(len(batch), 1).to(start) if pulled else None
     if isinstance(generator, Committee) and not create_graph:
         same: Any = dict(steps=steps, learning_rate=learning_rate, optimizer=optimizer, record=record or (steps,), dtype=dtype)
-        return _adapt_members(generator, base, batch, start.detach(), prior_weight, same, one=not record)
-    prior, last = torch.as_tensor(prior_weight).expand(len(batch), 1).to(start), max(steps, *record, 0) if record else steps
+        return _adapt_members(generator, base, batch, start.detach(), prior, same, one=not record)
+    last = max(steps, *record, 0) if record else steps
     if create_graph:
         parts: Iterable[Any] = [(torch.arange(len(batch)), lambda z: support_gradient(generator, base, batch, z, create_graph))]
     else:
@@ -156,7 +163,8 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
     found, order = [], []
     for at, gradient_at in parts:
         direction = Adam() if optimizer == "adam" else lambda g: g
-        found.append(_descend(gradient_at, direction, start[at], prior[at], learning_rate, last, record or (last,)))
+        own = None if prior is None else prior[at]
+        found.append(_descend(gradient_at, direction, start[at], own, learning_rate, last, record or (last,)))
         order.append(at)
     place = torch.cat(order).argsort()
     path = {step: torch.cat([part[step] for part in found])[place] for step in found[0]}
@@ -165,18 +173,18 @@ def adapt(  # type: ignore[misc]  # the overloads leave the other options to it
 
 def _descend(gradient_at, direction, start, prior, learning_rate, last, record) -> dict[int, Tensor]:
     "Latents after the steps that are recorded."
-    z, found, pulled = start, {0: start} if 0 in record else {}, bool(prior.any())
+    z, found = start, {0: start} if 0 in record else {}
     for step in range(1, last + 1):
         gradient = gradient_at(z)
-        z = torch.sub(z, direction(torch.addcmul(gradient, prior, z - start) if pulled else gradient), alpha=learning_rate)
+        z = torch.sub(z, direction(gradient if prior is None else torch.addcmul(gradient, prior, z - start)), alpha=learning_rate)
         if step in record: found[step] = z
     return found
 
 
-def _adapt_members(generator, base, batch, start, prior_weight, options, one):
+def _adapt_members(generator, base, batch, start, prior, options, one):
     "Every member of a committee fits the latents that are addressed to it, as if there were no other."
-    found, prior = {step: start.clone() for step in options["record"]}, torch.as_tensor(prior_weight).expand(len(batch), 1).to(start)
+    found = {step: start.clone() for step in options["record"]}
     for member, own, at in addressees(generator, start):
-        part = adapt(member, base, batch.take(at), start=own, prior_weight=prior[at], **options)
+        part = adapt(member, base, batch.take(at), start=own, prior_weight=0.0 if prior is None else prior[at], **options)
         for step, z in part.items(): found[step][at, : z.shape[1]] = z
     return next(iter(found.values())) if one else found
